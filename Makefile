@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && exit; done; echo python3)
+ARCHS ?= resnet18 shufflenet_v2_x1_5
+PROFILE ?= embedded
+
+BIN := .venv/bin
+READY := .venv/.installed
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help figures test lab readme check clean
+.NOTPARALLEL:  # the targets use every core themselves
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+figures: $(READY)  ## the ERF figures, for each of ARCHS at PROFILE (smoke, embedded, photos, public, paper)
+	@mkdir -p runs/executed
+	@set -e; for arch in $(ARCHS); do \
+	  echo "== erf: $$arch, profile $(PROFILE)"; \
+	  $(BIN)/papermill nbs/erf.ipynb runs/executed/erf_$$arch.ipynb -k python3 \
+	    -p arch $$arch -p profile $(PROFILE) --no-progress-bar --stdout-file - --stderr-file -; \
+	done
+
+# Workers x threads = cores: two processes of two threads each crawl on two cores.
+test: $(READY)  ## run the chapters and the index as tests, then pytest
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9])' --n_workers 2 --do_print --timing
+	$(BIN)/python -m pytest tests
+
+lab: $(READY)  ## open JupyterLab in nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --FileContentsManager.preferred_dir=nbs
+
+readme: $(READY)  ## render nbs/index.ipynb as README.md
+	$(BIN)/python tools/readme.py
+
+check: $(READY)  ## clean and export the notebooks; fails where that changes a committed file
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	git diff --exit-code -- nbs pcl_nb
+
+clean:  ## remove caches and build leftovers; trained runs and .venv stay
+	rm -rf build dist *.egg-info _docs _proc figures/smoke runs/executed .pytest_cache
+	find nbs pcl_nb tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# An install that was cut short can leave packages that pip takes for complete: the next one starts afresh.
+$(READY): settings.ini pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=/path/to/python3.11" % v[:2])'
+	@if [ -e .venv-unfinished ]; then rm -rf .venv; fi
+	@touch .venv-unfinished
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@mv .venv-unfinished $@
