@@ -43,7 +43,7 @@ def joint_verdict(
     if 'contradicted' in verdicts: return 'contradicted'
     return 'supported' if verdicts and set(verdicts) == {'supported'} else 'inconclusive'
 
-# %% ../nbs/11_claims.ipynb #4ba81c41
+# %% ../nbs/11_claims.ipynb #2ada3d8c
 ENLARGED_BY_S4 = 'shufflenet_v2_x1_5', 'resnet18', 'resnet34'       # C14; not so ResNet50 and DenseNet121
 
 def erf_claims_of(
@@ -83,4 +83,5 @@ def judge_erf(
         r = found.get((arch, 'scenes', 'objects', 'stage4'))
         evidence = f'{r.difference:+.1%} [{r.low:+.1%}, {r.high:+.1%}] here' if r else 'not measured'
         rows.append(dict(arch=arch, claim='C11', says='the difference of C10 shrinks in ResNet50', evidence=evidence, verdict='compares architectures', figure='fig6'))
+    if not rows: return pd.DataFrame(columns=['arch', 'claim', 'says', 'evidence', 'verdict', 'figure'])
     return pd.DataFrame(rows).sort_values(['arch', 'claim'], key=lambda c: c.str.extract(r'(\d+)', expand=False).astype(int) if c.name == 'claim' else c, kind='stable').reset_index(drop=True)

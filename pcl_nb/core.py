@@ -115,7 +115,7 @@ def cores(
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/00_core.ipynb #f3945526
+# %% ../nbs/00_core.ipynb #ae66622b
 @dataclass(frozen=True)
 class Profile:
     "The sizes of a reproduction."
@@ -132,7 +132,7 @@ class Profile:
 
 PROFILES = {
     'smoke':    Profile(size=28, width=.25, small_input=True, train=64, val=64, epochs=1, batch=16, lr=.05, images=16, bootstrap=20),
-    'embedded': Profile(size=56, width=.25, small_input=True, train=1792, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
+    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
     'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }

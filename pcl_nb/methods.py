@@ -17,7 +17,7 @@ from .core import InputError, choose, require
 from .losses import DISTANCES, category_consistency, instance_consistency
 from .models import StagedClassifier
 
-# %% ../nbs/05_methods.ipynb #0e34a330
+# %% ../nbs/05_methods.ipynb #1070b968
 @dataclass(frozen=True)
 class Method:
     "Cross-entropy alone: the baseline, and the base of every other method."
@@ -48,7 +48,11 @@ class Method:
         logits = model(images)
         return logits, dict(ce=F.cross_entropy(logits, labels))
 
-# %% ../nbs/05_methods.ipynb #1440b1d1
+    def terms(self, model, images, labels, stats=None):
+        "The same, item by item as their backward passes can be taken: yields (logits, items)."
+        yield self.losses(model, images, labels, stats)
+
+# %% ../nbs/05_methods.ipynb #62826c01
 TARGETS = 'prediction', 'truth'
 
 @dataclass(frozen=True)
@@ -81,17 +85,29 @@ class PCL(Method):
         for w in ('side_weight', 'ipc_weight', 'cpc_weight', 'omega'):
             require(0 <= getattr(self, w) < float('inf'), f'{w} {getattr(self, w)!r} is not valid; give a finite number of 0 or more')
 
-    def losses(self, model, images, labels, stats=None):
+    def terms(self, model, images, labels, stats=None):
         logits, f = model(images, stages=(self.stage,))
         items = dict(ce=F.cross_entropy(logits, labels))
         if self.side: items['side'] = self.side_weight*F.cross_entropy(model.side_head(f['stage3'].mean((2, 3))), labels)
-        if self.ipc_weight or self.cpc_weight:
-            target = labels if self.target == 'truth' else logits.argmax(1)
-            erased = cam_erase(model, images, f[self.stage], target, self.stage, self.mask, self.tau, self.omega, self.fill, stats)
-            erased_logits = model(erased)
-            if self.ipc_weight: items['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
-            if self.cpc_weight: items['cpc'] = self.cpc_weight*category_consistency(logits, erased_logits, self.cpc_distance, self.detach)
-        return logits, items
+        if not (self.ipc_weight or self.cpc_weight):
+            yield logits, items
+            return
+        target = labels if self.target == 'truth' else logits.argmax(1)
+        erased = cam_erase(model, images, f[self.stage], target, self.stage, self.mask, self.tau, self.omega, self.fill, stats)
+        if self.detach:                    # the original is a teacher: its own losses are complete
+            yield logits, items
+            logits, items = logits.detach(), {}
+            f.clear()
+        erased_logits = model(erased)
+        if self.ipc_weight: items['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
+        if self.cpc_weight: items['cpc'] = self.cpc_weight*category_consistency(logits, erased_logits, self.cpc_distance, self.detach)
+        yield logits, items
+
+    def losses(self, model, images, labels, stats=None):
+        logits, items = [], {}
+        for z, part in self.terms(model, images, labels, stats):
+            logits.append(z); items.update(part)
+        return logits[0], items
 
 # %% ../nbs/05_methods.ipynb #24ffd610
 METHODS = {

@@ -53,23 +53,27 @@ def impact_maps(
                 if j == 0: ax.set_ylabel(NETWORKS[network])
     return fig
 
-# %% ../nbs/10_plots.ipynb #639725d4
-def _panel(ax, rows, colours, drop, log):
+# %% ../nbs/10_plots.ipynb #967f7ba9
+def _panel(ax, rows, colours, drop, log, smooth):
     for network, colour in colours.items():
         line = rows[(rows.network == network) & (rows.bin >= drop)].sort_values('bin')
-        if len(line): ax.plot(line.bin, line['count'], color=colour, lw=1.1, ls='--' if colour == GREY else '-', label='baseline' if network == 'scenes' and colour != GREEN else NETWORKS[network])
+        if not len(line): continue
+        label = 'baseline' if network == 'scenes' and colour != GREEN else NETWORKS[network]
+        if smooth > 1: ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
+        ax.plot(line.bin, line['count'].rolling(smooth, center=True, min_periods=1).mean(), color=colour, lw=1.2, ls='--' if colour == GREY else '-', label=label)
     if log: ax.set_yscale('symlog', linthresh=1)
-    ax.set_xlim(drop, rows.bin.max() + 1); ax.set_ylim(bottom=0)
-    ax.tick_params(length=2)
+    last = rows.bin.max() + 1
+    ax.set(xlim=(drop, last), xticks=np.linspace(drop, last, 4).round())
+    ax.set_ylim(bottom=0); ax.tick_params(length=2)
 
-def _grid(table, colours, panels, log):
+def _grid(table, colours, panels, log, smooth):
     "A row a panel (label, rows of the table, bins dropped), a column an architecture."
     archs = _archs(table)
     with plt.rc_context(_STYLE):
         fig, axes = plt.subplots(len(panels), len(archs), figsize=(1.9*len(archs) + 1.2, 1.55*len(panels) + .55), squeeze=False)
         for i, (label, rows, drop) in enumerate(panels):
             for j, arch in enumerate(archs):
-                _panel(axes[i, j], rows[rows.arch == arch], colours, drop, log)
+                _panel(axes[i, j], rows[rows.arch == arch], colours, drop, log, smooth)
                 if i == 0: axes[i, j].set_title(_title(arch))
             axes[i, 0].set_ylabel(f'{label}\npixels')
         for ax in axes[-1]: ax.set_xlabel('bin of normalised impact')
@@ -85,32 +89,36 @@ def _views(table, stage, bins):
 def histograms_by_data(
     table:pd.DataFrame,    # arch, network, stage, bin, count
     bins:int=100,          # bins in the table
-    log:bool=False         # logarithmic counts
+    log:bool=False,        # logarithmic counts
+    smooth:int=1           # bins averaged in the drawn line
 ) -> Figure:
     "Figure 6: initialised, object-trained and scene-trained networks; 90 and 70 bins, stage 4."
-    return _grid(table, FIG6, _views(table, 'stage4', bins), log)
+    return _grid(table, FIG6, _views(table, 'stage4', bins), log, smooth)
 
 def histograms_by_method(
     table:pd.DataFrame,    # arch, network, stage, bin, count
     bins:int=100,
-    log:bool=False
+    log:bool=False,
+    smooth:int=1
 ) -> Figure:
     "Figure 7: baseline and PCL; stages 3 and 4, 90 bins."
     panels = [(s.replace('stage', 'stage '), table[table.stage == s], bins//10) for s in ('stage3', 'stage4') if s in set(table.stage)]
-    return _grid(table, FIG7, panels, log)
+    return _grid(table, FIG7, panels, log, smooth)
 
 def histograms_by_loss(
     table:pd.DataFrame,    # arch, network, stage, bin, count
     bins:int=100,
-    log:bool=False
+    log:bool=False,
+    smooth:int=1
 ) -> Figure:
     "Figure 8: side loss, CPC, IPC, final; 90 and 70 bins, stage 3; the baseline dashed."
-    return _grid(table, FIG8, _views(table, 'stage3', bins), log)
+    return _grid(table, FIG8, _views(table, 'stage3', bins), log, smooth)
 
 def histograms_s4(
     table:pd.DataFrame,    # arch, network, stage, bin, count
     bins:int=100,
-    log:bool=False
+    log:bool=False,
+    smooth:int=1
 ) -> Figure:
     "Figure 9: baseline and PCL with the CAM module at stage 4; 90 and 70 bins, stage 4."
-    return _grid(table, FIG9, _views(table, 'stage4', bins), log)
+    return _grid(table, FIG9, _views(table, 'stage4', bins), log, smooth)

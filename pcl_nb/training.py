@@ -133,7 +133,7 @@ def evaluate(
     finally: model.train(training)
     return dict(top1=right[0].item()/len(images), top5=right[1].item()/len(images), n=len(images))
 
-# %% ../nbs/06_training.ipynb #080e5806
+# %% ../nbs/06_training.ipynb #82f22669
 @dataclass
 class Fitted:
     "A trained network and how it came about."
@@ -187,12 +187,12 @@ def fit(
             with seeded('epoch', recipe.seed, epoch):
                 for step, (x, y) in enumerate(batches(train, batch=recipe.batch, train=True, seed=recipe.seed, epoch=epoch, device=device, **evaluation)):
                     for group in optimizer.param_groups: group['lr'] = learning_rate(recipe.scheme, recipe.lr, (epoch + step/steps)/recipe.epochs, recipe.gamma)
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None): logits, items = method.losses(model, x, y, stats)
                     optimizer.zero_grad(set_to_none=True)
-                    scaler.scale(sum(items.values())).backward()
+                    for i, (logits, items) in enumerate(_autocast(method.terms(model, x, y, stats), device, dtype)):
+                        scaler.scale(sum(items.values())).backward()
+                        for k, v in items.items(): totals[k] = totals.get(k, 0) + v.detach()
+                        if i == 0: right += (logits.detach().argmax(1) == y).sum()
                     scaler.step(optimizer); scaler.update()
-                    for k, v in items.items(): totals[k] = totals.get(k, 0) + v.detach()
-                    right += (logits.detach().argmax(1) == y).sum()
                     report(len(x))
             row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]['lr'], **{f'loss_{k}': v.item()/steps for k, v in totals.items()}, train_top1=right.item()/(steps*per_step))
             bad = [k for k, v in row.items() if not math.isfinite(v)]
@@ -204,7 +204,14 @@ def fit(
         if not recipe.epochs: metrics = [dict(epoch=0, **{f'val_{k}': v for k, v in evaluate(model, val, **evaluation).items() if k != 'n'})]
     return Fitted(model.eval(), recipe, stats, tuple(train.classes), pd.DataFrame(metrics), time.perf_counter() - start)
 
-# %% ../nbs/06_training.ipynb #f58f5111
+# %% ../nbs/06_training.ipynb #d0c0e872
+def _autocast(terms, device, dtype):
+    "Each forward pass under autocast, what the loop does with it outside."
+    while True:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): item = next(terms, None)
+        if item is None: return
+        yield item
+
 @contextlib.contextmanager
 def _reporter(progress, recipe, done, total):
     "Give a function that takes the images of a step and shows how far the run is."

@@ -1,0 +1,56 @@
+"""What the tests share: the project's folders, its notebooks as data, and a store of their own for runs and figures."""
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # several processes at a time: one thread each, also in subprocesses
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+
+# Children that have imported the package already, but have computed nothing: cheap to start, safe to kill.
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['pcl_nb.runs', 'pcl_nb.erf'])
+
+
+def code_cells(notebook):
+    "The code cells of a notebook file."
+    return [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == 'code']
+
+
+def tagged(cells, tag='parameters'):
+    "The cells that carry a tag."
+    return [c for c in cells if tag in c.metadata.get('tags', [])]
+
+
+def printed(notebook):
+    "All that an executed notebook printed."
+    return ''.join(o.text for c in code_cells(notebook) for o in c.outputs if o.output_type == 'stream')
+
+
+def papermill(notebook, folder, cwd=ROOT, **parameters):
+    "Run a notebook by papermill's command line; its runs, figures and executed copy go to `folder`."
+    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_FIGURES=str(folder/'figures'))
+    given = [a for name, value in parameters.items() for a in ('-p', name, str(value))]
+    return subprocess.run([sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', '--no-progress-bar', *given],
+                          cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def contents(folder):
+    "Relative path -> bytes of every file below a folder."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    "Empty folders for runs and figures: no test reads or writes the project's."
+    folders = SimpleNamespace(runs=tmp_path/'runs', figures=tmp_path/'figures')
+    monkeypatch.setenv('PCL_NB_RUNS', str(folders.runs))
+    monkeypatch.setenv('PCL_NB_FIGURES', str(folders.figures))
+    return folders

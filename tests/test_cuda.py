@@ -1,0 +1,60 @@
+"""The same on a GPU: mixed precision trains, impact maps agree with the CPU's."""
+import numpy as np
+import pytest
+import torch
+
+from pcl_nb import data, erf, models, runs, training
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
+
+
+@pytest.mark.parametrize('amp', ['', 'bf16', 'fp16'])
+@pytest.mark.parametrize('method', ['baseline', 'pcl'])
+def test_training_gives_finite_numbers(method, amp):
+    "In each precision the metrics are finite and the weights are single precision, finite and on the GPU."
+    fitted = training.fit(training.recipe_for('smoke', method=method, amp=amp, epochs=2), device='cuda', progress=False)
+    assert np.isfinite(fitted.metrics.iloc[-1]).all()
+    for p in fitted.model.parameters(): assert p.is_cuda and p.dtype == torch.float32 and torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_interrupted_run_resumes(tmp_path, amp):
+    "The checkpoint holds what mixed precision needs: a run goes on behind the epoch it had reached."
+    class Stopped(Exception): pass
+    def stop(done, total):
+        if done > total//2: raise Stopped
+    recipe, calls = training.recipe_for('smoke', amp=amp, epochs=2), []
+    with pytest.raises(Stopped): training.run(recipe, tmp_path, device='cuda', progress=stop)
+    fitted = training.run(recipe, tmp_path, device='cuda', progress=lambda done, total: calls.append((done, total)))
+    assert calls[0][0]*2 == calls[0][1] and fitted.metrics.epoch.tolist() == [1, 2]
+
+
+def test_run_of_the_gpu_loads_on_the_cpu(store):
+    "A stored run is the same network wherever it is loaded."
+    recipe = training.recipe_for('smoke')
+    on_gpu = training.run(recipe, device='cuda', progress=False)
+    on_cpu = runs.trained(recipe, device='cpu', progress=False)
+    for a, b in zip(on_gpu.model.parameters(), on_cpu.model.parameters()): assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_impact_map_agrees_with_the_cpu(arch):
+    "In double precision both devices give the same map, and the same ERF size up to a pixel at a bin's edge."
+    scenes = data.draw_concepts('scenes', 'val', 8, 64)
+    images = next(data.batches(scenes, 'simple', 56, data.channel_stats(scenes)))[0].double()
+    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True).double()
+    for stage in ('stage3', 'stage4'):
+        want = erf.impact_map(model.cpu(), images, stage=stage)
+        found = erf.impact_map(model.cuda(), images, stage=stage)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), want, rtol=1e-6, atol=1e-6*want.max().item())
+        sizes = [erf.erf_size(erf.impact_histogram(m)).item() for m in (found, want)]
+        assert abs(sizes[0] - sizes[1]) <= 2
+
+
+def test_single_precision_map_is_close_to_the_cpu():
+    "What experiments use: within a few per cent, as ReLUs near zero and TF32 allow."
+    torch.manual_seed(0)
+    model, images = models.create_model('resnet18', 5, width=.25, small_input=True), torch.randn(32, 3, 56, 56)
+    want, found = erf.impact_map(model.cpu(), images), erf.impact_map(model.cuda(), images).cpu()
+    assert (found - want).abs().sum() < .05*want.sum()

@@ -1,0 +1,147 @@
+"""The notebooks as documents: exported and clean, in order, and with parameters that papermill can see."""
+import ast
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import papermill as pm
+import pytest
+from packaging.requirements import Requirement
+
+from conftest import NBS, ROOT, code_cells, contents, tagged
+
+CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb'))
+EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.name != 'index.ipynb')
+EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '09_erf', '10_plots', '11_claims'}
+
+
+def each(notebooks): return pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
+
+
+def number(notebook): return int(notebook.stem.split('_')[0])
+
+
+def module_of(notebook):
+    "The module that a notebook exports, or None."
+    found = re.findall(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in code_cells(notebook)), re.M)
+    return found[0] if found else None
+
+
+def imported_modules(path):
+    "The package's modules that a module imports, wherever in it."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(filter(None, ('pcl_nb' if node.level else '', node.module)))
+            names = [base] if base != 'pcl_nb' else [f'pcl_nb.{a.name}' for a in node.names]
+        else: continue
+        yield from (n.split('.')[1] for n in names if n.startswith('pcl_nb.'))
+
+
+def checked_names(notebook):
+    "The names that an experiment hands to `check_parameters`."
+    calls = [n for c in code_cells(notebook) for n in ast.walk(ast.parse(c.source))
+             if isinstance(n, ast.Call) and ast.unparse(n.func).split('.')[-1] == 'check_parameters']
+    assert len(calls) == 1, 'an experiment checks its parameters once'
+    return [k.arg for k in calls[0].keywords]
+
+
+def requirements():
+    "All requirements in settings.ini."
+    config = configparser.ConfigParser()
+    config.read(ROOT/'settings.ini')
+    return [Requirement(line) for key in ('requirements', 'dev_requirements') for line in config['DEFAULT'][key].split('\n') if line.strip()]
+
+
+def test_clean_and_export_change_nothing(tmp_path):
+    "The committed notebooks are clean and the package is what they export."
+    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip('not a git checkout')
+    for name in filter(None, listed.stdout.split('\0')):
+        if (ROOT/name).is_file():
+            (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/name, tmp_path/name)
+    before = contents(tmp_path)
+    for step in ('from nbdev.clean import nbdev_clean as step', 'from nbdev.doclinks import nbdev_export as step'):
+        subprocess.run([sys.executable, '-c', f'{step}; step()'], cwd=tmp_path, check=True)
+    after = contents(tmp_path)
+    assert [n for n in sorted({*before, *after}) if n.startswith(('nbs/', 'pcl_nb/')) and '__pycache__' not in n and before.get(n) != after.get(n)] == []
+
+
+def test_chapters_are_there():
+    "Every chapter that others build on exists, under its number."
+    assert EXPECTED <= {p.stem for p in CHAPTERS}
+
+
+@each(CHAPTERS)
+def test_chapter_exports_the_module_of_its_name(notebook):
+    "Chapter NN_x exports pcl_nb/x.py."
+    name = notebook.stem.split('_', 1)[1]
+    assert module_of(notebook) == name and (ROOT/'pcl_nb'/f'{name}.py').exists()
+
+
+@each(CHAPTERS + EXPERIMENTS)
+def test_first_cell_is_title_and_summary(notebook):
+    "`# title`, blank line, `> summary` on one line."
+    first = nbformat.read(notebook, as_version=4).cells[0]
+    assert first.cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S.*(\n\n|$)', first.source)
+
+
+@each(CHAPTERS)
+def test_chapter_imports_only_chapters_above_it(notebook):
+    "Data flows one way: no module knows a later one."
+    chapter = {module_of(p): number(p) for p in CHAPTERS}
+    used = {name: chapter[name] for name in imported_modules(ROOT/'pcl_nb'/f'{module_of(notebook)}.py')}
+    assert used or number(notebook) == 0, 'every chapter but the first uses another'
+    assert {n: c for n, c in used.items() if c >= number(notebook)} == {}
+
+
+@each(CHAPTERS)
+def test_chapter_has_no_parameters(notebook):
+    "Parameters belong to experiments."
+    assert tagged(code_cells(notebook)) == []
+
+
+@each(EXPERIMENTS)
+def test_experiment_exports_nothing(notebook):
+    "What others import is in a chapter."
+    assert module_of(notebook) is None and not any(re.search(r'^#\s*\|\s*export', c.source, re.M) for c in code_cells(notebook))
+
+
+@each(EXPERIMENTS)
+def test_parameters_cell_holds_literals_only(notebook):
+    "One cell is tagged, and each of its lines is `name: type = literal`."
+    cells = tagged(code_cells(notebook))
+    assert len(cells) == 1
+    for line in ast.parse(cells[0].source).body:
+        assert isinstance(line, ast.AnnAssign) and line.lineno == line.end_lineno
+        assert type(ast.literal_eval(line.value)).__name__ == line.annotation.id
+
+
+@each(EXPERIMENTS)
+def test_papermill_lists_every_checked_parameter(notebook):
+    "Each parameter is checked, and `papermill --help-notebook` shows it with its type and a help text."
+    declared = [line.target.id for line in ast.parse(tagged(code_cells(notebook))[0].source).body]
+    assert sorted(checked_names(notebook)) == sorted(declared)
+    listed = pm.inspect_notebook(str(notebook))
+    assert sorted(listed) == sorted(declared)
+    assert [n for n, p in listed.items() if not p['help'] or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool')] == []
+
+
+@pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='nbs/index.ipynb is not written yet')
+def test_readme_is_the_rendered_index(tmp_path):
+    "README.md is what tools/readme.py makes of nbs/index.ipynb."
+    subprocess.run([sys.executable, 'tools/readme.py', tmp_path/'README.md'], cwd=ROOT, check=True)
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == (tmp_path/'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('requirement', requirements(), ids=lambda r: r.name)
+def test_requirement_is_pinned(requirement):
+    "constraints.txt pins each requirement, to a version that it allows."
+    def normal(name): return re.sub('[-_.]+', '-', name).lower()
+    lines = [line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if line.strip() and not line.startswith('#')]
+    pins = {normal(name): version for name, version in lines}
+    assert normal(requirement.name) in pins and requirement.specifier.contains(pins[normal(requirement.name)])
