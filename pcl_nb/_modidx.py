@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.core.text': ('core.html#text', 'pcl_nb/core.py'),
                              'pcl_nb.core.threads': ('core.html#threads', 'pcl_nb/core.py'),
                              'pcl_nb.core.to_json': ('core.html#to_json', 'pcl_nb/core.py'),
+                             'pcl_nb.core.usable_device': ('core.html#usable_device', 'pcl_nb/core.py'),
                              'pcl_nb.core.versions': ('core.html#versions', 'pcl_nb/core.py'),
                              'pcl_nb.core.write_atomic': ('core.html#write_atomic', 'pcl_nb/core.py')},
             'pcl_nb.data': { 'pcl_nb.data.ImageSet': ('data.html#imageset', 'pcl_nb/data.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
-           'generator', 'seeded', 'default_device', 'threads', 'cores', 'Profile', 'one_of', 'integer', 'number',
-           'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic', 'jsonable',
-           'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
+           'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of', 'integer',
+           'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic',
+           'jsonable', 'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
 
 # %% ../nbs/00_core.ipynb #1ab1e2d6
 import contextlib, difflib, hashlib, importlib.metadata, io, json, os, platform, random, subprocess, tempfile, warnings
@@ -69,7 +69,7 @@ def resolve(
     p = Path(path).expanduser()
     return next((q for q in (p, root()/p) if q.exists()), p)
 
-# %% ../nbs/00_core.ipynb #7370d7a1
+# %% ../nbs/00_core.ipynb #bb3e154b
 def derive_seed(
     *parts  # integers and strings: what the stream belongs to
 ) -> int:  # 63 bits
@@ -99,6 +99,13 @@ def default_device(
     "The fastest device of this machine."
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+def usable_device(
+    device=None  # name or torch.device; None or '': the fastest there is
+) -> torch.device:
+    "The device, if this machine has it; `InputError` if not."
+    try: return torch.empty(0, device=device or default_device()).device
+    except (RuntimeError, AssertionError) as e: raise InputError(f'device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}') from None
 
 @contextlib.contextmanager
 def threads(
@@ -137,7 +144,7 @@ PROFILES = {
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }
 
-# %% ../nbs/00_core.ipynb #1a71becf
+# %% ../nbs/00_core.ipynb #49b7da80
 def one_of(
     valid,     # the values that exist
     what:str,  # for the message
@@ -171,7 +178,11 @@ def or_profile(
     check,  # check of a value that is given
 ):
     "A check: -1 (take the profile's value) or a valid value."
-    return lambda value: -1 if value == -1 and not isinstance(value, bool) else check(value)
+    def check_given(value):
+        if value == -1 and not isinstance(value, bool): return value
+        try: return check(value)
+        except InputError as e: raise InputError(f"{e}, or -1 for the profile's") from None
+    return check_given
 
 def pairs(value):
     "A check: 'name=value' items separated by blanks or commas. Gives a dict; numbers and true/false are read as such."

@@ -6,7 +6,7 @@
 __all__ = ['CENTERS', 'VIEWS', 'center_value', 'impact_replicates', 'impact_map', 'impact_histogram', 'erf_size', 'interval',
            'batch_statistics', 'coupled_impacts', 'stored_replicates', 'random_batches']
 
-# %% ../nbs/09_erf.ipynb #a674eb1e
+# %% ../nbs/09_erf.ipynb #4c372d1d
 import contextlib, hashlib, io, sys, warnings, zipfile
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import pcl_nb.data, pcl_nb.models
-from .core import choose, default_device, digest, generator, require, runs_dir, write_atomic
+from .core import choose, digest, generator, require, runs_dir, usable_device, write_atomic
 from .data import batches, fingerprint, load
 from .models import RELU, StagedClassifier, frozen, memory_format
 from .runs import is_trained, trained
@@ -40,7 +40,7 @@ def _impacts(model, x, stage, center, relu):
     y = center_value(model.stage_features(x, stage, relu), center)
     return torch.autograd.grad(y.sum(), x)[0].abs().mean(1)
 
-# %% ../nbs/09_erf.ipynb #2a857953
+# %% ../nbs/09_erf.ipynb #920a112b
 def _stream(images, batch_size):
     "Batches of images from a tensor or from a loader of images or of (images, labels)."
     if isinstance(images, Tensor):
@@ -76,6 +76,7 @@ def impact_replicates(
             bar.update(len(x))
     require(total is not None and bool(weights[0]), 'no images: give 1 or more')
     maps = (total/weights.clamp(min=1)[:, None]).view(-1, *shape)
+    maps[weights == 0] = maps[0].clone()          # a replicate that drew no image at all: with a handful of images
     return maps[0], maps[1:]
 
 def impact_map(
@@ -163,7 +164,7 @@ def coupled_impacts(
                 own[b], total = d[b], total + d.sum().item()
     return own, running, 1 - own.sum().item()/max(total, 1e-30)
 
-# %% ../nbs/09_erf.ipynb #894df4e3
+# %% ../nbs/09_erf.ipynb #37ed6b13
 def stored_replicates(
     recipe,                  # of the run
     data:str,                # whose validation images the map is averaged over
@@ -186,7 +187,7 @@ def stored_replicates(
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             warnings.warn(f'{path.name} cannot be read ({e}); set aside as {set_aside(path).name} and measured again')
     fitted = trained(recipe, device, progress)
-    model = fitted.model.to(device or default_device())
+    model = fitted.model.to(usable_device(device))
     loader = random_batches(data, images, recipe, fitted.stats, val, seed)
     impact, reps = impact_replicates(model, loader, stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, progress=progress)
     buffer = io.BytesIO()

@@ -52,7 +52,7 @@ class Method:
         "The same, item by item as their backward passes can be taken: yields (logits, items)."
         yield self.losses(model, images, labels, stats)
 
-# %% ../nbs/05_methods.ipynb #62826c01
+# %% ../nbs/05_methods.ipynb #39d30003
 TARGETS = 'prediction', 'truth'
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ class PCL(Method):
         choose(self.stage, ('stage3', 'stage4'), 'stage'); choose(self.target, TARGETS, 'target')
         choose(self.ipc_distance, DISTANCES, 'ipc_distance'); choose(self.cpc_distance, (*DISTANCES, 'correlation'), 'cpc_distance')
         choose(self.mask, MASKS, 'mask'); choose(self.fill, FILLS, 'fill')
-        require(0 <= self.tau <= 1, f'tau {self.tau!r} is not valid; give a number from 0 to 1')
+        def real(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+        require(isinstance(self.detach, bool), f'detach {self.detach!r} is not valid; give true or false')
+        require(real(self.tau) and 0 <= self.tau <= 1, f'tau {self.tau!r} is not valid; give a number from 0 to 1')
         for w in ('side_weight', 'ipc_weight', 'cpc_weight', 'omega'):
-            require(0 <= getattr(self, w) < float('inf'), f'{w} {getattr(self, w)!r} is not valid; give a finite number of 0 or more')
+            require(real(getattr(self, w)) and 0 <= getattr(self, w) < float('inf'), f'{w} {getattr(self, w)!r} is not valid; give a finite number of 0 or more')
 
     def terms(self, model, images, labels, stats=None):
         logits, f = model(images, stages=(self.stage,))

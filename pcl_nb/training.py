@@ -6,7 +6,7 @@
 __all__ = ['SCHEMES', 'Scheme', 'learning_rate', 'Recipe', 'recipe_for', 'evaluate', 'Fitted', 'build_model', 'fit', 'set_aside',
            'BrokenRun', 'load_run', 'run', 'main']
 
-# %% ../nbs/06_training.ipynb #63aff082
+# %% ../nbs/06_training.ipynb #f959b131
 import argparse, contextlib, hashlib, io, json, math, os, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import (InputError, PROFILES, choose, cores, default_device, digest, pairs, require, revision, runs_dir, seeded,
-    threads, to_json, versions, write_atomic)
+from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
+    threads, to_json, usable_device, versions, write_atomic)
 from .data import SCHEME_NAMES, batches, channel_stats, check_data, fingerprint, load
 from .methods import METHODS, get_method
 from .models import ARCHS, StagedClassifier, create_model, memory_format
@@ -48,7 +48,7 @@ def learning_rate(
     if s.schedule == 'cosine': return lr*(1 + math.cos(math.pi*done))/2
     return lr*gamma**math.floor(done/s.drop_every + 1e-9)
 
-# %% ../nbs/06_training.ipynb #e4b0517c
+# %% ../nbs/06_training.ipynb #372793a2
 @dataclass(frozen=True)
 class Recipe:
     "Everything a trained network depends on."
@@ -77,8 +77,8 @@ class Recipe:
 
     def check(self):
         "Raise `InputError` naming the first setting that is not valid."
-        choose(self.arch, (*ARCHS, 'custom'), 'architecture'); check_data(self.data); get_method(self.method, **self.options)
-        choose(self.scheme, SCHEMES, 'scheme'); choose(self.amp, ('', 'bf16', 'fp16'), 'amp')
+        self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture'); check_data(self.data); get_method(self.method, **self.options)
+        choose(self.scheme, SCHEMES, 'scheme'); self.amp == '' or choose(self.amp, ('bf16', 'fp16'), 'amp')
         for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0).items():
             v = getattr(self, name)
             require(isinstance(v, int) and v >= least, f'{name} {v!r} is not valid; give a whole number of {least} or more')
@@ -133,7 +133,7 @@ def evaluate(
     finally: model.train(training)
     return dict(top1=right[0].item()/len(images), top5=right[1].item()/len(images), n=len(images))
 
-# %% ../nbs/06_training.ipynb #82f22669
+# %% ../nbs/06_training.ipynb #1cd61d1b
 @dataclass
 class Fitted:
     "A trained network and how it came about."
@@ -166,7 +166,7 @@ def fit(
 ) -> Fitted:
     "Train by the recipe."
     recipe.check()
-    device = torch.device(device or default_device())
+    device = usable_device(device)
     method = get_method(recipe.method, **recipe.options)
     train, val = (load(recipe.data, s, recipe.size, n, recipe.data_seed) for s, n in (('train', recipe.train), ('val', recipe.val)))
     stats = channel_stats(train)
@@ -180,7 +180,7 @@ def fit(
     steps, start = max(len(train)//recipe.batch, 1), time.perf_counter()
     per_step = min(recipe.batch, len(train))
     evaluation = dict(scheme=recipe.scheme, size=recipe.size, stats=stats, channels_last=memory is torch.channels_last)
-    with threads(recipe.threads or cores()), _reporter(progress, recipe, first*steps*per_step, recipe.epochs*steps*per_step) as report:
+    with threads(min(recipe.threads or cores(), cores())), _reporter(progress, recipe, first*steps*per_step, recipe.epochs*steps*per_step) as report:
         for epoch in range(first, recipe.epochs):
             model.train()
             totals, right = {}, torch.zeros((), device=device)
@@ -251,7 +251,7 @@ def set_aside(
     path.rename(aside)
     return aside
 
-# %% ../nbs/06_training.ipynb #991e2c84
+# %% ../nbs/06_training.ipynb #7dc7dd05
 class BrokenRun(Exception):
     "A stored run that is not what was written."
 
@@ -268,9 +268,11 @@ def load_run(
         if hashlib.sha256(data).hexdigest() != about['sha256']: raise BrokenRun('weights.pt is not what was written')
         net = build_model(recipe, len(about['classes']), model)
         net.load_state_dict(torch.load(io.BytesIO(data), map_location='cpu', weights_only=True))
-        metrics = pd.read_csv(folder/'metrics.csv')
+        table = (folder/'metrics.csv').read_bytes()
+        if hashlib.sha256(table).hexdigest() != about['metrics_sha256']: raise BrokenRun('metrics.csv is not what was written')
+        metrics = pd.read_csv(io.BytesIO(table))
         return Fitted(net.eval(), recipe, tuple(map(tuple, about['stats'])), tuple(about['classes']), metrics, about['seconds'])
-    except (OSError, KeyError, ValueError, RuntimeError) as e:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as e:
         if isinstance(e, InputError): raise
         raise BrokenRun(str(e).splitlines()[0]) from e
 
@@ -283,7 +285,8 @@ def run(
 ) -> Fitted:
     "The trained network of a recipe: loaded if it is stored, else trained (or resumed) and stored."
     recipe.check()
-    folder = Path(folder or runs_dir()/recipe.key)
+    device, folder = usable_device(device), Path(folder or runs_dir()/recipe.key)
+    require(folder.is_dir() or not folder.exists(), f'{str(folder)!r} is not a folder; give one that is, or that does not exist yet')
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.lock'):
         if (folder/'run.json').exists():
@@ -295,14 +298,15 @@ def run(
         buffer = io.BytesIO()
         torch.save({k: v.cpu() for k, v in fitted.model.state_dict().items()}, buffer)
         write_atomic(folder/'weights.pt', buffer.getvalue())
-        write_atomic(folder/'metrics.csv', fitted.metrics.to_csv(index=False, float_format='%.6g').encode())
-        about = dict(recipe=recipe, stats=fitted.stats, classes=fitted.classes, seconds=round(fitted.seconds, 2), sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-            device=str(next(fitted.model.parameters()).device), versions=versions(), revision=revision())
+        table = fitted.metrics.to_csv(index=False, float_format='%.6g').encode()
+        write_atomic(folder/'metrics.csv', table)
+        about = dict(recipe=recipe, stats=fitted.stats, classes=fitted.classes, seconds=round(fitted.seconds, 2),
+            sha256=hashlib.sha256(buffer.getvalue()).hexdigest(), metrics_sha256=hashlib.sha256(table).hexdigest(), device=str(next(fitted.model.parameters()).device), versions=versions(), revision=revision())
         write_atomic(folder/'run.json', to_json(about, indent=1).encode())
         (folder/'checkpoint.pt').unlink(missing_ok=True)
         return load_run(folder, recipe, model)
 
-# %% ../nbs/06_training.ipynb #ea0e9c12
+# %% ../nbs/06_training.ipynb #ff7a8956
 def _parser():
     p = argparse.ArgumentParser(prog='python -m pcl_nb.training', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train one network by a recipe and store it; a run that is stored already is not trained again, an interrupted one goes on.',
@@ -323,7 +327,8 @@ def _parser():
     return p
 
 def _boolean(value):
-    return {'true': True, 'false': False}[value.lower()]
+    if value.lower() not in ('true', 'false'): raise argparse.ArgumentTypeError(f'{value!r} is not valid; give true or false')
+    return value.lower() == 'true'
 
 def main(
     argv=None  # default: the command line

@@ -22,7 +22,9 @@ def random_model(arch):
     return model.eval()
 
 
-def random_images(n, size=SIZE): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def random_images(n, size=SIZE):
+    "The same `n` images whenever they are asked for."
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def naive_impact(model, images, stage):

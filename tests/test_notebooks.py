@@ -18,10 +18,14 @@ EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.n
 EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '09_erf', '10_plots', '11_claims'}
 
 
-def each(notebooks): return pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
+def each(notebooks):
+    "Run a test for each of the notebooks, under its name."
+    return pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
 
 
-def number(notebook): return int(notebook.stem.split('_')[0])
+def number(notebook):
+    "The chapter's number."
+    return int(notebook.stem.split('_')[0])
 
 
 def module_of(notebook):

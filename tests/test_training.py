@@ -28,10 +28,14 @@ def weights(fitted):
     return hashlib.sha256(b''.join(v.cpu().contiguous().numpy().tobytes() for v in fitted.model.state_dict().values())).hexdigest()
 
 
-def outcome(fitted, folder): return weights(fitted), (folder/'metrics.csv').read_bytes()
+def outcome(fitted, folder):
+    "What has to come out the same: weights, and the metrics as stored."
+    return weights(fitted), (folder/'metrics.csv').read_bytes()
 
 
-def progress_of(calls): return lambda done, total: calls.append((done, total))
+def progress_of(calls):
+    "A progress function that keeps what it is told; it is called only where training takes place."
+    return lambda done, total: calls.append((done, total))
 
 
 @pytest.fixture(scope='module')
@@ -96,6 +100,7 @@ def hold(store, recipe, holding):
 
 
 def start(function, *args):
+    "Run a function in a child process."
     child = processes.Process(target=function, args=args, daemon=True)
     child.start()
     return child
