@@ -8,14 +8,13 @@ __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'f
            'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic',
            'jsonable', 'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
 
-# %% ../nbs/00_core.ipynb #1ab1e2d6
-import contextlib, difflib, hashlib, importlib.metadata, io, json, os, platform, random, subprocess, tempfile, warnings
+# %% ../nbs/00_core.ipynb #5429cafb
+import contextlib, difflib, hashlib, importlib.metadata, io, json, os, platform, random, subprocess, tempfile
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #6f062498
 class InputError(ValueError):

@@ -8,8 +8,8 @@ __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTR
            'draw_concepts', 'folder_files', 'decode', 'load_folder', 'parse_name', 'check_data', 'base_size', 'load',
            'fingerprint', 'axis_matrix', 'apply_axes', 'crop_matrices', 'channel_stats', 'batches']
 
-# %% ../nbs/01_data.ipynb #bc3ff828
-import io, itertools, math
+# %% ../nbs/01_data.ipynb #7eb3d97e
+import hashlib, math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
-from .core import InputError, choose, cores, digest, generator, require, resolve
+from .core import InputError, choose, cores, generator, require, resolve
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -237,7 +237,7 @@ def load_folder(
     if len({im.shape for im in images}) == 1: images = torch.stack(images)
     return ImageSet(images, torch.tensor(labels), classes)
 
-# %% ../nbs/01_data.ipynb #44beaa0c
+# %% ../nbs/01_data.ipynb #44c02ac7
 DATA = 'concept_scenes', 'concept_objects', 'folder:PATH'
 
 def parse_name(
@@ -285,7 +285,6 @@ def load(
 
 @lru_cache(maxsize=8)
 def _fingerprint(kind, where, px, n, seed):
-    import hashlib
     h = hashlib.sha256(repr((px, n, seed)).encode())
     for split, count in zip(('train', 'val'), n):
         if kind == 'concept':

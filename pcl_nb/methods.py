@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['TARGETS', 'METHODS', 'Method', 'PCL', 'get_method']
 
-# %% ../nbs/05_methods.ipynb #2379dd00
-from dataclasses import asdict, dataclass, fields, replace
+# %% ../nbs/05_methods.ipynb #28f07029
+from dataclasses import dataclass, fields, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cam import FILLS, MASKS, cam_erase
-from .core import InputError, choose, require
+from .core import choose, require
 from .losses import DISTANCES, category_consistency, instance_consistency
 from .models import StagedClassifier
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RELU', 'ARCHS', 'TITLES', 'submodule', 'StagedClassifier', 'frozen', 'memory_format', 'create_model', 'wrap']
 
-# %% ../nbs/02_models.ipynb #bbae0e78
-import contextlib, copy, io
+# %% ../nbs/02_models.ipynb #03e27a16
+import contextlib
 from pathlib import Path
 
 import torch

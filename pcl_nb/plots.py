@@ -6,17 +6,16 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6', 'FIG7', 'FIG8', 'FIG9', 'impact_maps',
            'histograms_by_data', 'histograms_by_method', 'histograms_by_loss', 'histograms_s4']
 
-# %% ../nbs/10_plots.ipynb #e74ffa8e
+# %% ../nbs/10_plots.ipynb #e2e24812
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .core import require
 from .models import ARCHS, TITLES
 
-# %% ../nbs/10_plots.ipynb #f9c96091
+# %% ../nbs/10_plots.ipynb #7b0803bb
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = '#3b6fb6', '#e8862e', '#3f9b52', '#c44e52', '#8268b0', '#8a8a8a'
 NETWORKS = {     # network -> label
     'init': 'initialised', 'objects': 'objects', 'scenes': 'scenes', 'side': 'side', 'ipc': 'IPC', 'cpc': 'CPC', 'pcl': 'final (PCL)', 'pcl_s4': 'Ours-S4'}
@@ -24,7 +23,7 @@ FIG6 = {'init': BLUE, 'objects': ORANGE, 'scenes': GREEN}
 FIG7 = {'scenes': BLUE, 'pcl': ORANGE}
 FIG8 = {'scenes': GREY, 'side': PURPLE, 'cpc': RED, 'ipc': GREEN, 'pcl': ORANGE}
 FIG9 = {'scenes': BLUE, 'pcl_s4': ORANGE}
-_STYLE = {'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8, 'axes.titlesize': 9, 'legend.frameon': False, 'axes.linewidth': .6,
+_STYLE = {**sns.axes_style('ticks'), 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8, 'axes.titlesize': 9, 'legend.frameon': False, 'axes.linewidth': .6,
           'xtick.major.width': .6, 'ytick.major.width': .6, 'figure.constrained_layout.use': True}
 
 def _archs(table):

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['trained', 'is_trained', 'cost', 'train_all']
 
-# %% ../nbs/07_runs.ipynb #c50d9465
-import contextlib, json, os, threading, time
-from pathlib import Path
+# %% ../nbs/07_runs.ipynb #a23c4fc3
+import contextlib, threading, time
 
 import joblib
+import torch
 from tqdm.auto import tqdm
 
 from .core import cores, require, runs_dir
 from .methods import get_method
-from .training import Fitted, Recipe, recipe_for, run
+from .training import Fitted, Recipe, run
 
 # %% ../nbs/07_runs.ipynb #4c834059
 def trained(
@@ -31,7 +31,7 @@ def is_trained(
     "A complete run is stored."
     return (runs_dir()/recipe.key/'run.json').exists()
 
-# %% ../nbs/07_runs.ipynb #8ac57319
+# %% ../nbs/07_runs.ipynb #67eef2a2
 def cost(
     recipe:Recipe
 ) -> float:
@@ -56,7 +56,6 @@ def train_all(
     progress=True     # show one bar for all
 ) -> int:  # how many had to be trained
     "Make sure that every recipe's run is stored, training in parallel what is missing."
-    import torch
     missing = {r.check().key: r for r in recipes if not is_trained(r)}
     todo = sorted(missing.values(), key=cost, reverse=True)
     if not todo: return 0

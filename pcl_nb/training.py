@@ -6,20 +6,20 @@
 __all__ = ['SCHEMES', 'Scheme', 'learning_rate', 'Recipe', 'recipe_for', 'evaluate', 'Fitted', 'build_model', 'fit', 'set_aside',
            'BrokenRun', 'load_run', 'run', 'main']
 
-# %% ../nbs/06_training.ipynb #f959b131
-import argparse, contextlib, hashlib, io, json, math, os, sys, time, warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+# %% ../nbs/06_training.ipynb #d6859499
+import argparse, contextlib, hashlib, io, json, math, sys, time, warnings
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)
-from .data import SCHEME_NAMES, batches, channel_stats, check_data, fingerprint, load
+from .data import batches, channel_stats, check_data, fingerprint, load
 from .methods import METHODS, get_method
 from .models import ARCHS, StagedClassifier, create_model, memory_format
 
