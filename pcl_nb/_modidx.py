@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
             'pcl_nb.erf': { 'pcl_nb.erf._impacts': ('erf.html#_impacts', 'pcl_nb/erf.py'),
                             'pcl_nb.erf._stream': ('erf.html#_stream', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.batch_statistics': ('erf.html#batch_statistics', 'pcl_nb/erf.py'),
+                            'pcl_nb.erf.calibrate': ('erf.html#calibrate', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.center_value': ('erf.html#center_value', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.coupled_impacts': ('erf.html#coupled_impacts', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.erf_size': ('erf.html#erf_size', 'pcl_nb/erf.py'),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['trained', 'is_trained', 'cost', 'train_all']
 
-# %% ../nbs/07_runs.ipynb #a23c4fc3
+# %% ../nbs/07_runs.ipynb #be4080d7
 import contextlib, threading, time
 
 import joblib
 import torch
+from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
 from .core import cores, require, runs_dir
@@ -31,7 +32,7 @@ def is_trained(
     "A complete run is stored."
     return (runs_dir()/recipe.key/'run.json').exists()
 
-# %% ../nbs/07_runs.ipynb #67eef2a2
+# %% ../nbs/07_runs.ipynb #13feb610
 def cost(
     recipe:Recipe
 ) -> float:
@@ -83,6 +84,7 @@ def train_all(
             for _ in joblib.Parallel(return_as='generator_unordered', pre_dispatch=workers, batch_size=1)(
                     joblib.delayed(_train_one)(r, folders[r.key], device) for r in todo): finished += 1
     finally:
+        get_reusable_executor().shutdown(wait=True, kill_workers=finished < len(todo))     # idle workers would hold a gigabyte each, and the exit of a forked parent
         stop.set(); thread.join()
         if finished == len(todo): bar.n = 100
         bar.set_postfix_str(f'{finished}/{len(todo)} done'); bar.close()
