@@ -8,7 +8,7 @@ __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTR
            'draw_concepts', 'folder_files', 'decode', 'load_folder', 'parse_name', 'check_data', 'base_size', 'load',
            'fingerprint', 'axis_matrix', 'apply_axes', 'crop_matrices', 'channel_stats', 'batches']
 
-# %% ../nbs/01_data.ipynb #7eb3d97e
+# %% ../nbs/01_data.ipynb #44b88b9f
 import hashlib, math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import InputError, choose, cores, generator, require, resolve
 

@@ -6,14 +6,14 @@
 __all__ = ['CENTERS', 'VIEWS', 'STATISTICS', 'center_value', 'impact_replicates', 'impact_map', 'impact_histogram', 'erf_size',
            'interval', 'batch_statistics', 'coupled_impacts', 'calibrate', 'stored_replicates', 'random_batches']
 
-# %% ../nbs/09_erf.ipynb #4c372d1d
+# %% ../nbs/09_erf.ipynb #c00e60c2
 import contextlib, hashlib, io, sys, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pcl_nb.data, pcl_nb.models
 from .core import choose, digest, generator, require, runs_dir, usable_device, write_atomic

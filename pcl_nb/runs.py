@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['trained', 'is_trained', 'cost', 'train_all']
 
-# %% ../nbs/07_runs.ipynb #be4080d7
+# %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, threading, time
 
 import joblib
 import torch
 from joblib.externals.loky import get_reusable_executor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import cores, require, runs_dir
 from .methods import get_method

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMES', 'Scheme', 'learning_rate', 'Recipe', 'recipe_for', 'evaluate', 'Fitted', 'build_model', 'fit', 'set_aside',
            'BrokenRun', 'load_run', 'run', 'main']
 
-# %% ../nbs/06_training.ipynb #d6859499
+# %% ../nbs/06_training.ipynb #e49cb882
 import argparse, contextlib, hashlib, io, json, math, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)

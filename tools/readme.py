@@ -10,6 +10,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.*)\n?', re.M)
 HIDDEN = re.compile(r'^(hide\b|include:\s*false)', re.I)
+SILENT = re.compile(r'^echo:\s*false', re.I)
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|[#/])([^)"\s]+)')
 
 
@@ -21,7 +22,9 @@ def render(notebook: Path) -> str:
     for cell in nb.cells:
         if cell.cell_type == 'code':
             if any(HIDDEN.match(d) for d in DIRECTIVE.findall(cell.source)): continue
-            cell.source = DIRECTIVE.sub('', cell.source)
+            if any(SILENT.match(d) for d in DIRECTIVE.findall(cell.source)):  # its output alone
+                cell = nbformat.v4.new_markdown_cell('\n\n'.join(o.data['text/markdown'] for o in cell.outputs))
+            else: cell.source = DIRECTIVE.sub('', cell.source)
             if not cell.source.strip(): continue
         elif cell.cell_type == 'markdown':  # its links start from nbs/, those of the README from the root
             cell.source = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(folder, m[2])), cell.source)
