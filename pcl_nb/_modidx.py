@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                             'pcl_nb.cam.erasing_mask': ('cam.html#erasing_mask', 'pcl_nb/cam.py'),
                             'pcl_nb.cam.normalize_map': ('cam.html#normalize_map', 'pcl_nb/cam.py')},
             'pcl_nb.claims': { 'pcl_nb.claims.Part': ('claims.html#part', 'pcl_nb/claims.py'),
+                               'pcl_nb.claims._numbers': ('claims.html#_numbers', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.erf_claims_of': ('claims.html#erf_claims_of', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.erf_pairs': ('claims.html#erf_pairs', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.joint_verdict': ('claims.html#joint_verdict', 'pcl_nb/claims.py'),
