@@ -30,7 +30,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.core.jsonable': ('core.html#jsonable', 'pcl_nb/core.py'),
                              'pcl_nb.core.list_of': ('core.html#list_of', 'pcl_nb/core.py'),
                              'pcl_nb.core.literal': ('core.html#literal', 'pcl_nb/core.py'),
-                             'pcl_nb.core.number': ('core.html#number', 'pcl_nb/core.py'),
                              'pcl_nb.core.one_of': ('core.html#one_of', 'pcl_nb/core.py'),
                              'pcl_nb.core.or_profile': ('core.html#or_profile', 'pcl_nb/core.py'),
                              'pcl_nb.core.pairs': ('core.html#pairs', 'pcl_nb/core.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
            'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of', 'integer',
-           'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic',
-           'jsonable', 'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
+           'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic', 'jsonable',
+           'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
 
 # %% ../nbs/00_core.ipynb #5429cafb
 import contextlib, difflib, hashlib, importlib.metadata, io, json, os, platform, random, subprocess, tempfile
@@ -143,7 +143,7 @@ PROFILES = {
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }
 
-# %% ../nbs/00_core.ipynb #49b7da80
+# %% ../nbs/00_core.ipynb #fac1170b
 def one_of(
     valid,     # the values that exist
     what:str,  # for the message
@@ -159,17 +159,6 @@ def integer(
     def check(value):
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(whole and low <= value <= high, f'{value!r} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up'))
-        return value
-    return check
-
-def number(
-    low:float,   # smallest valid value
-    high:float,  # largest valid value
-):
-    "A check: a finite number from `low` to `high`."
-    def check(value):
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        require(real and low <= value <= high, f'{value!r} is not a number from {low} to {high}')
         return value
     return check
 
