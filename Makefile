@@ -1,22 +1,22 @@
 # Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && exit; done; echo python3)
-ARCHS ?= resnet18,shufflenet_v2_x1_5
 PROFILE ?= embedded
 
 BIN := .venv/bin
 READY := .venv/.installed
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help figures test lab readme check clean
+.PHONY: help figures figures-all test lab readme check clean
 .NOTPARALLEL:  # the targets use every core themselves
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-figures: $(READY)  ## Figures 5 to 9, for each of ARCHS at PROFILE (smoke, embedded)
-	@mkdir -p runs/executed
-	$(BIN)/papermill nbs/erf.ipynb runs/executed/erf.ipynb -k python3 -p arch $(ARCHS) -p profile $(PROFILE) \
-	  --no-progress-bar --stdout-file - --stderr-file -
+figures: $(READY)  ## Figures 1 to 9 and Table 1 for two architectures, few repeats; ARGS="--archs resnet50" ...
+	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
+
+figures-all: $(READY)  ## every figure and table, five architectures, three repeats: hours on two cores
+	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.
 test: $(READY)  ## run the chapters and the index as tests, then pytest

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
            'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of', 'integer',
-           'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic', 'jsonable',
-           'to_json', 'digest', 'versions', 'revision', 'save_result', 'gather_results']
+           'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic',
+           'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table',
+           'save_table', 'gather_results']
 
 # %% ../nbs/00_core.ipynb #5429cafb
-import contextlib, difflib, hashlib, importlib.metadata, io, json, os, platform, random, subprocess, tempfile
+import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, tempfile
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -135,11 +136,12 @@ class Profile:
     lr:float            # initial learning rate
     images:int          # images an impact map is averaged over
     bootstrap:int       # replicates behind an interval
+    lr_of:tuple=()      # (architecture, initial learning rate) where another one is needed
 
 PROFILES = {
     'smoke':    Profile(size=28, width=.25, small_input=True, train=64, val=64, epochs=1, batch=16, lr=.05, images=16, bootstrap=20),
-    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
-    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
+    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200, lr_of=(('resnet34', .02), ('resnet50', .01))),
+    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200, lr_of=(('resnet34', .02), ('resnet50', .01))),
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }
 
@@ -159,6 +161,17 @@ def integer(
     def check(value):
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(whole and low <= value <= high, f'{value!r} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up'))
+        return value
+    return check
+
+def number(
+    low:float,            # smallest valid value
+    high:float=math.inf   # largest valid value
+):
+    "A check: a finite number from `low` to `high`."
+    def check(value):
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        require(real and low <= value <= high, f'{value!r} is not a number from {low}' + (f' to {high}' if high < math.inf else ' up'))
         return value
     return check
 
@@ -271,6 +284,14 @@ def versions(
         except importlib.metadata.PackageNotFoundError: return 'not installed'
     return dict(python=platform.python_version(), machine=platform.machine(), **{n: version(n) for n in names})
 
+def hardware(
+) -> dict:  # processor, cores, memory_gb; gpu where there is one
+    "The machine, for results that are about speed."
+    def first(path, key):
+        with contextlib.suppress(OSError): return next((l.split(':', 1)[1].strip() for l in Path(path).read_text().splitlines() if l.startswith(key)), None)
+    found = dict(processor=first('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), cores=cores(), memory_gb=int((first('/proc/meminfo', 'MemTotal') or '0').split()[0])//2**20)
+    return dict(found, gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else found
+
 def revision(
 ) -> str:  # commit, '+' if the tree differs from it; or the package's version
     "The revision of the code."
@@ -296,6 +317,27 @@ def save_result(
     write_atomic(folder/f'{name}.csv', table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
     about = dict(provenance, name=name, versions=versions(), revision=revision())
     write_atomic(folder/f'{name}.json', (to_json(about, indent=1) + '\n').encode())
+
+# %% ../nbs/00_core.ipynb #343f7824
+def markdown_table(
+    table   # DataFrame of what is to be read: texts, or numbers already rounded
+) -> str:
+    "A table in Markdown."
+    def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+    return '\n'.join([line(table.columns), line(['---']*table.shape[1]), *(line(r) for r in table.itertuples(index=False))]) + '\n'
+
+def save_table(
+    folder,           # destination folder
+    name:str,         # file name without ending: 'table1'
+    table,            # DataFrame of numbers: the CSV
+    readable,         # DataFrame as it is printed: Markdown and LaTeX
+    **provenance      # as in `save_result`
+):
+    "Write `name`.csv, .md, .tex and .json, the JSON last."
+    latex = readable.to_latex(index=False, escape=True).replace('±', r'$\pm$').replace('×', r'$\times$').replace('−', '$-$')
+    write_atomic(Path(folder)/f'{name}.md', markdown_table(readable).encode())
+    write_atomic(Path(folder)/f'{name}.tex', latex.encode())
+    save_result(folder, name, table, **provenance)
 
 # %% ../nbs/00_core.ipynb #abe92e19
 def gather_results(

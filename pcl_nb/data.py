@@ -6,7 +6,7 @@
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
            'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'DATA', 'SCHEME_NAMES', 'sprite', 'draw_image', 'ImageSet',
            'draw_concepts', 'folder_files', 'decode', 'load_folder', 'parse_name', 'check_data', 'base_size', 'load',
-           'fingerprint', 'axis_matrix', 'apply_axes', 'crop_matrices', 'channel_stats', 'batches']
+           'fingerprint', 'axis_matrix', 'apply_axes', 'crop_matrices', 'channel_stats', 'batches', 'pick', 'evidence']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
 import hashlib, math
@@ -430,3 +430,30 @@ def batches(
         x = x.sub_(mean).div_(std)
         if channels_last: x = x.contiguous(memory_format=torch.channels_last)
         yield x, images.labels[chosen].to(device)
+
+# %% ../nbs/01_data.ipynb #7a0dc036
+def pick(
+    images:ImageSet,
+    index:Tensor     # (n,) which images, in this order
+) -> ImageSet:
+    "Some of the images."
+    chosen = images.images[index] if isinstance(images.images, Tensor) else [images.images[i] for i in index.tolist()]
+    return ImageSet(chosen, images.labels[index], images.classes, None if images.where is None else images.where[index])
+
+def evidence(
+    images:ImageSet,  # concept data
+    scheme:str,       # 'simple' or 'complex': which evaluation crop
+    size:int          # network input, pixels
+) -> Tensor:  # (N,size,size) bool
+    "Area of the concepts that define each image's class, as in the evaluation crop."
+    require(images.where is not None, 'these images have no ground truth; concept data has')
+    table = torch.zeros(len(images.classes), 256, dtype=torch.bool)
+    for c, name in enumerate(images.classes):
+        for concept in SCENES.get(name, (name,)): table[c, 1 + NAMES.index(concept)] = True
+    found = []
+    for chosen in torch.arange(len(images)).split(256):
+        where = images.where[chosen]
+        area = table[images.labels[chosen][:, None, None], where.long()]
+        rows, columns = crop_matrices(scheme, torch.tensor(where.shape[-2:]).expand(len(chosen), 2), size)
+        found.append(rows @ area.float() @ columns.transpose(1, 2) >= .5)
+    return torch.cat(found)

@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['CENTERS', 'VIEWS', 'STATISTICS', 'center_value', 'impact_replicates', 'impact_map', 'impact_histogram', 'erf_size',
-           'interval', 'batch_statistics', 'coupled_impacts', 'calibrate', 'stored_replicates', 'random_batches']
+           'interval', 'batch_statistics', 'coupled_impacts', 'calibrate', 'stored_replicates', 'activity_table',
+           'stored_activity']
 
 # %% ../nbs/09_erf.ipynb #c00e60c2
-import contextlib, hashlib, io, sys, warnings, zipfile
-from pathlib import Path
+import contextlib
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import pcl_nb.data, pcl_nb.models
-from .core import choose, digest, generator, require, runs_dir, usable_device, write_atomic
-from .data import batches, fingerprint, load
-from .models import RELU, StagedClassifier, frozen, memory_format
-from .runs import is_trained, trained
-from .training import set_aside
+from .core import choose, generator, require, usable_device
+from .data import batches, fingerprint
+from .models import RELU, StagedClassifier, folded, frozen, memory_format
+from .runs import random_batches, stored, val_images
 
 # %% ../nbs/09_erf.ipynb #09276a10
 CENTERS = 'floor', 'mean4'
@@ -66,7 +64,7 @@ def impact_replicates(
     choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
     p, g = next(model.parameters()), generator('bootstrap', seed)
     total, weights = None, None
-    with frozen(model), tqdm(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
+    with folded(model), tqdm(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
         for x in _stream(images, batch_size):
             impact = _impacts(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), stage, center, relu).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)
@@ -196,34 +194,48 @@ def stored_replicates(
     progress=False
 ) -> tuple:  # impact map (H,W), replicates (R,H,W)
     "The impact map of a run, from its folder; the run is trained, the map computed and stored there if they have to be."
-    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, statistics=choose(statistics, STATISTICS, 'statistics'),
-        code=[hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest() for m in (pcl_nb.data, pcl_nb.models, sys.modules[impact_replicates.__module__]) if hasattr(m, '__file__')])
-    path = runs_dir()/recipe.key/f'impact-{digest(settings)}.npz'
-    if path.exists() and is_trained(recipe):
-        try:
-            with np.load(path, allow_pickle=False) as f: return torch.from_numpy(f['impact']), torch.from_numpy(f['replicates'])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-            warnings.warn(f'{path.name} cannot be read ({e}); set aside as {set_aside(path).name} and measured again')
-    fitted = trained(recipe, device, progress)
-    model = fitted.model.to(usable_device(device))
-    def loader(): return random_batches(data, images, recipe, fitted.stats, val, seed)
-    if statistics == 'calibrated': calibrate(model, loader())
-    impact, reps = impact_replicates(model, loader(), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, progress=progress)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, impact=impact.cpu().numpy(), replicates=reps.cpu().numpy())
-    write_atomic(path, buffer.getvalue())
-    return impact.cpu(), reps.cpu()
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, statistics=choose(statistics, STATISTICS, 'statistics'))
+    def measure(fitted):
+        model = fitted.model.to(usable_device(device))
+        def loader(): return random_batches(data, images, recipe, fitted.stats, val, seed)
+        if statistics == 'calibrated': calibrate(model, loader())
+        impact, reps = impact_replicates(model, loader(), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, progress=progress)
+        return dict(impact=impact.cpu(), replicates=reps.cpu())
+    found = stored(recipe, 'impact', settings, ('data', 'models', 'runs', 'erf'), measure, device, progress)
+    return torch.from_numpy(found['impact']), torch.from_numpy(found['replicates'])
 
-def random_batches(
-    data:str,         # name of a data set
-    images:int,       # how many
-    recipe,           # for size, scheme and data seed
-    stats:tuple,      # mean, std that the network was trained with
-    val:int=0,        # validation images to draw from (concept data)
-    seed:int=0,       # which images
-    batch:int=64
-):  # yields x, y
-    "Batches of randomly picked validation images, evaluation crop; the same images for every network of one size."
-    found = load(data, 'val', recipe.size, val, recipe.data_seed)
-    index = torch.randperm(len(found), generator=generator('images', seed))[:images]
-    return batches(found, recipe.scheme, recipe.size, stats, batch, index=index)
+# %% ../nbs/09_erf.ipynb #1ac3cbe7
+@torch.no_grad()
+def activity_table(
+    model:StagedClassifier,
+    loader,                    # yields images (B,3,H,W), normalised, and labels
+    *,
+    stage:str='stage4',
+    part:float=.5              # of the maximum, from which a position belongs to the activated region
+) -> pd.DataFrame:  # a row an image: positive, region, both in [0,1]
+    "Share of open ReLUs and size of the activated region at the end of a stage (appendix D.3)."
+    choose(stage, model.stages, 'stage'); require(0 < part <= 1, f'part {part!r} is not valid; give a number above 0 and up to 1')
+    p, rows = next(model.parameters()), []
+    with folded(model):
+        for x, _ in loader:
+            F = model.stage_features(x.to(p.device, p.dtype, memory_format=memory_format(model)), stage)
+            A = F.mean(1).flatten(1)
+            top = A.amax(1, keepdim=True)
+            rows.append(torch.stack([(F > 0).flatten(1).float().mean(1), ((A >= part*top) & (top > 0)).float().mean(1)], 1).cpu())
+    require(rows, 'no images: give 1 or more')
+    return pd.DataFrame(torch.cat(rows).numpy(), columns=['positive', 'region'])
+
+def stored_activity(
+    recipe,                  # of the run
+    data:str,                # whose validation images
+    images:int,              # how many, drawn at random; all if there are fewer
+    *,
+    val:int=0,               # validation images to draw from (concept data)
+    stage:str='stage4',
+    seed:int=0,              # which images
+    device=None
+) -> pd.DataFrame:  # as `activity_table`
+    "The ReLU activity of a run, from its folder; measured and stored there first if it has to be."
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, seed=seed)
+    def measure(fitted): return activity_table(fitted.model.to(usable_device(device)), batches(val_images(data, recipe, images, val, seed), recipe.scheme, recipe.size, fitted.stats, 64), stage=stage)
+    return pd.DataFrame(stored(recipe, 'activity', settings, ('data', 'models', 'runs', 'erf'), measure, device))

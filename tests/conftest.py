@@ -42,6 +42,15 @@ def papermill(notebook, folder, cwd=ROOT, **parameters):
                           cwd=cwd, env=env, capture_output=True, text=True)
 
 
+def check(notebook, **given):
+    "Execute an experiment up to its checks, with parameters as papermill would inject them; the checked values."
+    names = {}
+    for cell in code_cells(notebook):
+        exec(compile(cell.source, notebook.name, 'exec'), names)
+        if tagged([cell]): names.update(dict(profile='smoke'), **given)
+        if 'check_parameters(' in cell.source: return names['P']
+
+
 def contents(folder):
     "Relative path -> bytes of every file below a folder."
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}

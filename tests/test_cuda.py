@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from pcl_nb import data, erf, models, runs, training
+from pcl_nb import data, erf, focus_area, methods, models, runs, training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
 
 @pytest.mark.parametrize('amp', ['', 'bf16', 'fp16'])
-@pytest.mark.parametrize('method', ['baseline', 'pcl'])
+@pytest.mark.parametrize('method', methods.METHODS)
 def test_training_gives_finite_numbers(method, amp):
     "In each precision the metrics are finite and the weights are single precision, finite and on the GPU."
     fitted = training.fit(training.recipe_for('smoke', method=method, amp=amp, epochs=2), device='cuda', progress=False)
@@ -58,3 +58,23 @@ def test_single_precision_map_is_close_to_the_cpu():
     model, images = models.create_model('resnet18', 5, width=.25, small_input=True), torch.randn(32, 3, 56, 56)
     want, found = erf.impact_map(model.cpu(), images), erf.impact_map(model.cuda(), images).cpu()
     assert (found - want).abs().sum() < .05*want.sum()
+
+
+@pytest.mark.parametrize('rule', focus_area.RULES)
+def test_focus_area_agrees_with_the_cpu(rule):
+    "In double precision both devices mark the same region, up to pixels on the fence; everything stays on the GPU."
+    torch.manual_seed(0)
+    model, images = models.create_model('resnet18', 5, width=.25, small_input=True).double(), torch.randn(8, 3, 56, 56).double()
+    want = focus_area.focus_area(model.cpu(), images, rule=rule)
+    found = focus_area.focus_area(model.cuda(), images, rule=rule)
+    assert found.mask.is_cuda and found.coverage.is_cuda
+    assert torch.equal(found.prediction.cpu(), want.prediction) and (found.mask.cpu() != want.mask).sum() <= 8
+
+
+def test_a_stream_is_measured_on_the_gpu():
+    "Images and ground truth come from the CPU, whatever device the network is on."
+    images = data.draw_concepts('scenes', 'val', 40, 64)
+    stats, model = data.channel_stats(images), models.create_model('resnet18', 16, width=.25, small_input=True)
+    def table(m): return focus_area.coverage_table(m, data.batches(images, 'simple', 56, stats, 16), area=data.evidence(images, 'simple', 56))
+    want, found = table(model.double()), table(model.cuda())
+    assert np.abs(found.coverage - want.coverage).max() < .01 and np.abs(found.recall - want.recall).max() < .05

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import NBS, code_cells, contents, papermill, printed, tagged
+from conftest import NBS, check, contents, papermill, printed
 from pcl_nb import core, erf, plots
 
 NOTEBOOK = NBS/'erf.ipynb'
@@ -108,18 +108,9 @@ def test_unknown_parameter_ends_the_run(tmp_path):
     assert set(contents(tmp_path)) == {'executed.ipynb'}
 
 
-def check(**given):
-    "Execute the experiment up to its checks, with parameters as papermill would inject them; the checked values."
-    names, cells = {}, code_cells(NOTEBOOK)
-    for cell in cells:
-        exec(compile(cell.source, NOTEBOOK.name, 'exec'), names)
-        if tagged([cell]): names.update(dict(profile='smoke'), **given)
-        if 'check_parameters(' in cell.source: return names['P']
-
-
 def test_defaults_are_valid():
     "The parameters cell itself passes, and -1 becomes the profile's value."
-    assert check()['images'] == core.PROFILES['smoke'].images and check(images=5)['images'] == 5
+    assert check(NOTEBOOK)['images'] == core.PROFILES['smoke'].images and check(NOTEBOOK, images=5)['images'] == 5
 
 
 @pytest.mark.parametrize('name, value, named', [
@@ -149,12 +140,14 @@ def test_defaults_are_valid():
     ('device', 'tpu9', "device 'tpu9' cannot be used here"),
     ('bins', 0, 'is not a whole number from 10 to 10000'),
     ('smooth', 0, 'is not a whole number from 1 to 50'),
+    ('smooth', 2.5, 'is not a whole number from 1 to 50'),
+    ('init_statistics', 'fresh', 'valid: stored, calibrated'),
     ('log_counts', 'yes', 'neither True nor False'),
     ('imagse', 3, "did you mean 'images'?"),
 ])
 def test_bad_value_is_refused_in_one_line(name, value, named):
     "The message says what is valid, on one line; nothing is computed."
-    with pytest.raises(core.InputError) as refused: check(**{name: value})
+    with pytest.raises(core.InputError) as refused: check(NOTEBOOK, **{name: value})
     assert named in str(refused.value) and '\n' not in str(refused.value)
 
 

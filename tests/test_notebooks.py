@@ -15,7 +15,7 @@ from conftest import NBS, ROOT, code_cells, contents, tagged
 
 CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb'))
 EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.name != 'index.ipynb')
-EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '09_erf', '10_plots', '11_claims'}
+EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '08_focus_area', '09_erf', '10_plots', '11_claims', '12_reproduce'}
 
 
 def each(notebooks):
@@ -50,7 +50,8 @@ def checked_names(notebook):
     calls = [n for c in code_cells(notebook) for n in ast.walk(ast.parse(c.source))
              if isinstance(n, ast.Call) and ast.unparse(n.func).split('.')[-1] == 'check_parameters']
     assert len(calls) == 1, 'an experiment checks its parameters once'
-    return [k.arg for k in calls[0].keywords]
+    common = [n for k in calls[0].keywords if k.arg is None for n in ast.literal_eval(k.value.args[0]).split()]
+    return common + [k.arg for k in calls[0].keywords if k.arg]
 
 
 def requirements():

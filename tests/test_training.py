@@ -194,6 +194,10 @@ def test_help_names_every_setting(capsys):
     ('--method pcl --set tau=high', 'a number from 0 to 1'),
     ('--method pcl --set nope=1', 'valid: stage, target'),
     ('--method baseline --set tau=.5', 'it has no setting'),
+    ('--method has --set patches=16/300', 'a patch of 300 pixels is larger than the image'),
+    ('--method has --set drop_rate=1.5', 'a rate from 0 to 1'),
+    ('--method acol --set threshold=1', 'a threshold between 0 and 1'),
+    ('--method adl --set stage=stage5', 'valid: stage4, stage3, stage3+stage4'),
 ])
 def test_bad_argument_is_refused_in_one_line(capsys, store, args, named):
     "Exit code 2; below the usage one line that names what is valid; nothing is trained."

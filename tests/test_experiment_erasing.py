@@ -1,0 +1,75 @@
+"""The experiments on erasing methods and on ReLU activity as a user runs them, at the smallest profile."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import NBS, check, contents, papermill
+from pcl_nb import core, methods
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    "Both experiments in one store: the folder, and what was in it when they had ended."
+    folder = tmp_path_factory.mktemp('erasing')
+    for name, given in dict(erasing_methods=dict(seeds=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4)).items():
+        done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
+
+
+def test_every_method_is_compared(smoke):
+    "A row a method: cost and parameters relative to what it is, accuracy over both runs."
+    table = pd.read_csv(smoke.results/'erasing_methods_resnet18.csv').set_index('method')
+    assert list(table.index) == ['baseline', 'has', 'acol', 'adl', 'adl:official', 'amloss', 'pcl'] and (table.runs == 2).all()
+    assert table.cost['baseline'] == 1 and (table.cost > 0).all()
+    base = table.loc['baseline']
+    for name in ('has', 'adl', 'amloss'): assert table.parameters_training[name] == table.parameters_evaluation[name] == base.parameters_training
+    assert table.parameters_evaluation['acol'] == table.parameters_training['acol'] > base.parameters_training
+    assert table.parameters_training['pcl'] > table.parameters_evaluation['pcl'] == base.parameters_evaluation, 'the side head is for training alone'
+    assert np.isfinite(table[['top1', 'coverage', 'erf']]).all(axis=None)
+
+
+def test_configuration_is_what_the_methods_say(smoke):
+    "The table holds every setting of every erasing method."
+    table = pd.read_csv(smoke.results/'erasing_configuration.csv')
+    assert len(table) == sum(len(methods.METHODS[m].__dataclass_fields__) for m in methods.OFFICIAL)
+    for ending in ('md', 'tex'): assert 'Hide-and-Seek' in (smoke.results/f'erasing_configuration.{ending}').read_text()
+
+
+@pytest.mark.parametrize('name', ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_correlations', 'relu_claims'])
+def test_result_has_numbers_and_provenance(smoke, name):
+    "Each result has its table and says how it came about."
+    about = json.loads((smoke.results/f'{name}.json').read_text())
+    assert len(pd.read_csv(smoke.results/f'{name}.csv')) and {'settings', 'parameters', 'runs', 'versions', 'revision'} <= set(about)
+
+
+def test_activity_is_a_share(smoke):
+    "Activity and region lie between 0 and 1, for every network and stage."
+    table = pd.read_csv(smoke.results/'relu_activity.csv')
+    assert len(table) == 8 and table[['positive', 'region']].apply(lambda c: c.between(0, 1)).all(axis=None)
+
+
+@pytest.mark.parametrize('notebook', ['erasing_methods', 'relu_activity'])
+def test_defaults_are_valid(notebook):
+    "The parameters cell itself passes."
+    assert check(NBS/f'{notebook}.ipynb')['profile'] == 'smoke'
+
+
+@pytest.mark.parametrize('notebook, name, value, named', [
+    ('erasing_methods', 'compare', 'hide_and_seek', 'valid: baseline, side'),
+    ('erasing_methods', 'compare', 'amloss:official', 'unknown method'),
+    ('erasing_methods', 'arch', 'resnet19', "did you mean 'resnet18'?"),
+    ('erasing_methods', 'steps', 1, 'is not a whole number from 3 to 1000'),
+    ('erasing_methods', 'tau', 2, 'is not a number from 0 to 1'),
+    ('erasing_methods', 'seeds', 0, 'is not a whole number from 1 to 100'),
+    ('relu_activity', 'archs', 'vgg', 'unknown architecture'),
+    ('relu_activity', 'coupled', 1, 'is not a whole number from 2 to 1024'),
+    ('relu_activity', 'scenes', 'places', 'valid: concept_scenes'),
+])
+def test_bad_value_is_refused_in_one_line(notebook, name, value, named):
+    "The message says what is valid, on one line; nothing is computed."
+    with pytest.raises(core.InputError) as refused: check(NBS/f'{notebook}.ipynb', **{name: value})
+    assert named in str(refused.value) and '\n' not in str(refused.value)
