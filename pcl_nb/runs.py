@@ -173,7 +173,7 @@ def settle(
         if P.get(name) == -1: P[name] = getattr(sizes, name)
     if 'archs' in P: P['archs'] = sorted(set(P['archs']), key=ARCHS.index)
     folder, device = resolve(P['out']) if P['out'] else figures_dir(P['profile']), usable_device(P['device'])
-    require(folder.is_dir() or not folder.exists(), f"parameter out: {P['out']!r} is not a folder; give one that is, or that does not exist yet")
+    require(not folder.exists() or folder.is_dir(), f"parameter out: {P['out']!r} is not a folder; give one that is, or that does not exist yet")
     for name in data:          # an image that cannot be read should say so now, not after an hour
         for split, n in (('train', sizes.train), ('val', sizes.val)):
             if name.startswith('folder:'): load(name, split, P['size'], n)

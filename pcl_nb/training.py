@@ -304,7 +304,7 @@ def run(
     "The trained network of a recipe: loaded if it is stored, else trained (or resumed) and stored."
     recipe.check()
     device, folder = usable_device(device), Path(folder or runs_dir()/recipe.key)
-    require(folder.is_dir() or not folder.exists(), f'{str(folder)!r} is not a folder; give one that is, or that does not exist yet')
+    require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder; give one that is, or that does not exist yet')
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.lock'):
         if (folder/'run.json').exists():
