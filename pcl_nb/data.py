@@ -412,9 +412,10 @@ def batches(
     epoch:int=0,
     index=None,          # (n,) which images, in this order; None: all
     device='cpu',
-    channels_last:bool=False
+    channels_last:bool=False,
+    shard:tuple=(0, 1)   # (rank, ranks): of each batch, every `ranks`-th image from `rank` on
 ):  # yields x (B,3,size,size) normalised, y (B,)
-    "Cropped, normalised batches of one epoch."
+    "Cropped, normalised batches of one epoch; the shards of a batch are the batch, whatever their number."
     require(batch >= 1, f'batch {batch} is not valid; give 1 image or more')
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     require(len(index), 'no images: give 1 or more')
@@ -426,6 +427,8 @@ def batches(
     for chosen in index.split(batch):
         raw, sizes = _gather(images.images, chosen)
         rows, columns = crop_matrices(scheme, sizes, size, g)
+        chosen, raw, rows, columns = (t[shard[0]::shard[1]] for t in (chosen, raw, rows, columns))
+        if not len(chosen): continue
         x = apply_axes(*(t.to(device, non_blocking=True) for t in (raw, rows, columns)))
         x = x.sub_(mean).div_(std)
         if channels_last: x = x.contiguous(memory_format=torch.channels_last)
