@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)
-from .data import batches, channel_stats, check_data, fingerprint, load
+from .data import batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
 from .methods import METHODS, get_method
 from .models import ARCHS, StagedClassifier, create_model, memory_format
@@ -93,7 +93,7 @@ class Recipe:
         for name in ('width', 'lr', 'momentum', 'weight_decay', 'gamma'):
             v = getattr(self, name)
             require(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0, f'{name} {v!r} is not valid; give a finite number of 0 or more')
-        require(self.data.startswith('folder:') or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
+        require(not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
         return self
 
     @property
@@ -115,7 +115,7 @@ def recipe_for(
     settings = dict(size=p.size, width=p.width, small_input=p.small_input, train=p.train, val=p.val, batch=p.batch, lr=dict(p.lr_of).get(changes.get('arch', 'resnet18'), p.lr), scheme=scheme,
         epochs=p.epochs*s.epochs//SCHEMES['simple'].epochs, weight_decay=s.weight_decay, validate_every=0 if small else 1,
         threads=int(small), channels_last=True)
-    if str(changes.get('data', '')).startswith('folder:') and profile == 'embedded': settings.update(train=0, val=0)
+    if 'data' in changes and profile == 'embedded' and not is_drawn(changes['data']): settings.update(train=0, val=0)
     return Recipe(**{**settings, **changes}).check()
 
 # %% ../nbs/06_training.ipynb #aba392a6
