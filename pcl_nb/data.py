@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
-           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'DATA', 'SCHEME_NAMES', 'sprite', 'draw_image', 'ImageSet',
-           'draw_concepts', 'folder_files', 'decode', 'load_folder', 'parse_name', 'check_data', 'base_size', 'load',
-           'fingerprint', 'axis_matrix', 'apply_axes', 'crop_matrices', 'channel_stats', 'batches', 'pick', 'evidence']
+           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES', 'sprite', 'draw_image',
+           'ImageSet', 'draw_concepts', 'folder_files', 'decode', 'load_folder', 'published_sizes', 'stands_in',
+           'count', 'parse_name', 'check_data', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes',
+           'crop_matrices', 'channel_stats', 'batches', 'pick', 'evidence']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
-import hashlib, math
+import contextlib, hashlib, math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from .core import InputError, choose, cores, generator, require, resolve
+from .core import InputError, choose, cores, generator, require, resolve, root
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -237,16 +238,54 @@ def load_folder(
     if len({im.shape for im in images}) == 1: images = torch.stack(images)
     return ImageSet(images, torch.tensor(labels), classes)
 
+# %% ../nbs/01_data.ipynb #33b76619
+PUBLISHED_SIZES = {     # training images, validation images, classes
+    'places365': (1_803_460, 36_500, 365), 'places365-small': (365_000, 36_500, 365), 'imagenet': (1_281_167, 50_000, 1000)}
+_absent = []            # not empty: inside `published_sizes`
+
+@contextlib.contextmanager
+def published_sizes():
+    "Inside, a published set that is not there stands for its published size."
+    _absent.append(True)
+    try: yield
+    finally: _absent.pop()
+
+def stands_in(
+    name:str  # as in `load`
+) -> tuple:  # training images, validation images, classes; None: the set is there, or has to be
+    "The published size of a set that is not there, inside `published_sizes`."
+    kind, where = parse_name(name)
+    return PUBLISHED_SIZES[kind] if _absent and kind in PUBLISHED_SIZES and not Path(str(where).split('@')[0]).exists() else None
+
+@lru_cache(maxsize=32)
+def _count(kind, where, split, n):
+    files, _, classes = folder_files(where, split, n)
+    return len(files), len(classes)
+
+def count(
+    name:str,       # as in `load`
+    train:int=0,    # training images, as `n` in `load`
+    val:int=0       # validation images
+) -> tuple:  # training images, validation images, classes
+    "How much there is of a data set, without loading it."
+    kind, where = parse_name(name)
+    if kind == 'concept': return train, val, len(SCENES if where == 'scenes' else CONCEPTS)
+    if found := stands_in(name): return min(train or found[0], found[0]), min(val or found[1], found[1]), found[2]
+    (train, classes), (val, _) = (_count(kind, where, s, n) for s, n in (('train', train), ('val', val)))
+    return train, val, classes
+
 # %% ../nbs/01_data.ipynb #44c02ac7
-DATA = 'concept_scenes', 'concept_objects', 'folder:PATH'
+DATA = 'concept_scenes', 'concept_objects', 'folder:PATH', 'places365:PATH', 'places365-small:PATH', 'imagenet:PATH'
 
 def parse_name(
-    name:str  # 'concept_scenes', 'concept_objects' or 'folder:PATH'
-) -> tuple:  # 'concept', kind; or 'folder', path
+    name:str  # one of `DATA`; the published sets also without PATH
+) -> tuple:  # 'concept', kind; or 'folder', 'places365' ..., path
     "Split a data set's name; `InputError` lists the valid forms."
     if isinstance(name, str):
         if name in DATA[:2]: return 'concept', name.split('_')[1]
         if name.startswith('folder:') and len(name) > 7: return 'folder', resolve(name[7:])
+        kind, _, path = name.partition(':')
+        if kind in PUBLISHED_SIZES: return kind, resolve(path or str(root()/'data'/kind))
     raise InputError(f"unknown data set {name!r}; valid: {', '.join(DATA)}")
 
 def check_data(
@@ -254,7 +293,7 @@ def check_data(
 ) -> str:  # the name itself
     "A check for parameters: the name is valid and, for a folder, the layout is complete."
     kind, where = parse_name(name)
-    if kind == 'folder': folder_files(where, 'train')
+    if kind != 'concept' and not stands_in(name): folder_files(where, 'train')
     return name
 
 def base_size(
@@ -302,6 +341,7 @@ def fingerprint(
     seed:int=0        # which concept images
 ) -> str:  # 16 hexadecimal digits
     "What the images are, without loading them all."
+    if stands_in(name): return hashlib.sha256(repr((parse_name(name), train, val)).encode()).hexdigest()[:16]
     kind, where = parse_name(name)
     return _fingerprint(kind, where, base_size(size) if kind == 'concept' else 0, (train, val), seed if kind == 'concept' else 0)
 

@@ -87,7 +87,7 @@ class Recipe:
         for name in ('width', 'lr', 'momentum', 'weight_decay', 'gamma'):
             v = getattr(self, name)
             require(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0, f'{name} {v!r} is not valid; give a finite number of 0 or more')
-        require(self.data.startswith('folder:') or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
+        require(not self.data.startswith('concept_') or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
         return self
 
     @property
