@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
-           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'SMALL_CAP', 'PUBLISHED', 'DATA', 'SCHEME_NAMES', 'STATS_SAMPLE',
-           'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files', 'decode', 'OnDisk', 'Files',
-           'even_sample', 'load_folder', 'parse_name', 'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint',
-           'axis_matrix', 'apply_axes', 'draw_crops', 'crop_boxes', 'crop_matrices', 'channel_stats', 'default_workers',
-           'batches', 'pick', 'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader',
-           'loading_rates', 'main']
+           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'SMALL_CAP', 'PUBLISHED', 'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES',
+           'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files', 'decode',
+           'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name',
+           'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops',
+           'crop_boxes', 'crop_matrices', 'channel_stats', 'default_workers', 'batches', 'pick', 'evidence', 'Packed',
+           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
 import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, shutil, struct, sys, tempfile, time
@@ -405,6 +405,41 @@ def _listed(kind, where, split, n):
     for i in even_sample(len(files), 100): require(os.path.exists(files.path(i)), f'{kind}: {files.path(i)!r} is listed but missing; unpack its archive again')
     return files, torch.as_tensor(labels)[torch.from_numpy(order)], classes
 
+# %% ../nbs/01_data.ipynb #33b76619
+PUBLISHED_SIZES = {     # training images, validation images, classes
+    'places365': (1_803_460, 36_500, 365), 'places365-small': (365*SMALL_CAP, 36_500, 365), 'imagenet': (1_281_167, 50_000, 1000)}
+_absent = []            # not empty: inside `published_sizes`
+
+@contextlib.contextmanager
+def published_sizes():
+    "Inside, a published set that is not there stands for its published size."
+    _absent.append(True)
+    try: yield
+    finally: _absent.pop()
+
+def stands_in(
+    name:str  # as in `load`
+) -> tuple:  # training images, validation images, classes; None: the set is there, or has to be
+    "The published size of a set that is not there, inside `published_sizes`."
+    kind, where = parse_name(name)
+    return PUBLISHED_SIZES[kind] if _absent and kind in PUBLISHED_SIZES and not Path(str(where).split('@')[0]).exists() else None
+
+def count(
+    name:str,       # as in `load`
+    train:int=0,    # training images, as `n` in `load`
+    val:int=0       # validation images
+) -> tuple:  # training images, validation images, classes
+    "How much there is of a data set, without loading it."
+    kind, where = parse_name(name)
+    if kind == 'concept': return train, val, len(SCENES if where == 'scenes' else CONCEPTS)
+    if found := stands_in(name): return min(train or found[0], found[0]), min(val or found[1], found[1]), found[2]
+    if kind == 'packed':
+        index = read_index(where)
+        train, val = (len(_share(np.array(index['splits'][s]['labels']), n, len(index['classes']))) for s, n in (('train', train), ('val', val)))
+        return train, val, len(index['classes'])
+    (train, _, classes), (val, _, _) = (_listed(kind, where, s, n) for s, n in (('train', train), ('val', val)))
+    return len(train), len(val), len(classes)
+
 # %% ../nbs/01_data.ipynb #44c02ac7
 DATA = 'concept_scenes', 'concept_objects', 'folder:PATH', 'places365:PATH', 'places365-small:PATH', 'imagenet:PATH', 'packed:PATH'
 
@@ -424,6 +459,7 @@ def check_data(
 ) -> str:  # the name itself
     "A check for parameters: the name is valid and, for a set on disk, the layout is complete."
     kind, where = parse_name(name)
+    if stands_in(name): return name
     if kind == 'folder': folder_files(where, 'train')
     elif kind == 'packed': read_index(where)
     elif kind != 'concept':
@@ -495,6 +531,7 @@ def fingerprint(
     seed:int=0        # which concept images
 ) -> str:  # 16 hexadecimal digits
     "What the images are, without loading them all."
+    if stands_in(name): return digest([parse_name(name), train, val])
     kind, where = _found(name, size)
     return _fingerprint(kind, where, base_size(size) if kind == 'concept' else 0, (train, val), seed if kind == 'concept' else 0)
 
