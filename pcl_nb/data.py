@@ -213,10 +213,11 @@ def folder_files(
     n:int=0      # at most about this many images, the same share of each class; 0: all
 ) -> tuple:  # files, labels, class names
     "The images of one split, in a fixed order; `InputError` says what is missing."
-    both = {s: _class_folders(path, s) for s in ('train', 'val')}
-    lone = sorted(set(both['train']) ^ set(both['val']))
+    alone = choose(split, ('train', 'val'), 'split') == 'val' and Path(path).is_dir() and not (Path(path)/'train').exists()      # nothing is to be trained
+    both = {s: _class_folders(path, s) for s in (('val',) if alone else ('train', 'val'))}
+    lone = sorted(set(both.get('train', both['val'])) ^ set(both['val']))
     require(not lone, f'folder {str(path)!r}: class {lone[0] if lone else ""!r} is not in both train/ and val/')
-    found = both[choose(split, both, 'split')]
+    found = both[split]
     each = math.ceil(n/len(found)) if n else None
     files = [(f, i) for i, fs in enumerate(found.values()) for f in fs[:each]]
     return [f for f, _ in files], [i for _, i in files], tuple(found)
@@ -455,15 +456,16 @@ def parse_name(
     raise InputError(f"unknown data set {name!r}; valid: {', '.join(DATA)}")
 
 def check_data(
-    name:str  # as in `load`
+    name:str,         # as in `load`
+    trains:bool=True  # False: validation images are enough
 ) -> str:  # the name itself
     "A check for parameters: the name is valid and, for a set on disk, the layout is complete."
     kind, where = parse_name(name)
     if stands_in(name): return name
-    if kind == 'folder': folder_files(where, 'train')
+    if kind == 'folder': folder_files(where, 'train' if trains else 'val')
     elif kind == 'packed': read_index(where)
     elif kind != 'concept':
-        for split in ('train', 'val'): _listed(kind, where, split, 0)
+        for split in ('train', 'val') if trains else ('val',): _listed(kind, where, split, 0)
     return name
 
 def is_drawn(
@@ -508,10 +510,16 @@ def load(
         return _load(kind, where, choose(split, ('train', 'val'), 'split'), base_size(size), n, seed)
     return _load(kind, where, choose(split, ('train', 'val'), 'split'), 0, n, 0)
 
+def _has_train(kind, where):
+    if kind == 'folder': return (Path(where)/'train').exists()
+    try: return bool(len(_listed(kind, where, 'train', 0)))
+    except InputError: return False
+
 @lru_cache(maxsize=8)
 def _fingerprint(kind, where, px, n, seed):
     h = hashlib.sha256(repr((px, n, seed)).encode())
     for split, count in zip(('train', 'val'), n):
+        if kind not in ('concept', 'packed') and split == 'train' and not _has_train(kind, where): continue
         if kind == 'concept':
             sample = draw_concepts(where, split, 32, px, seed)
             h.update(sample.images.numpy().tobytes()); h.update(sample.where.numpy().tobytes())

@@ -9,7 +9,7 @@ __all__ = ['SCHEMES', 'LATER', 'CHECK_EVERY', 'Scheme', 'learning_rate', 'Recipe
 
 # %% ../nbs/06_training.ipynb #e49cb882
 import argparse, contextlib, hashlib, io, json, math, os, sys, time, warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,7 @@ from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, 
 from .data import batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
 from .methods import METHODS, get_method
-from .models import ARCHS, StagedClassifier, create_model, memory_format
+from .models import ARCHS, PUBLIC, StagedClassifier, create_model, memory_format
 
 # %% ../nbs/06_training.ipynb #d46f72a8
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def learning_rate(
     return lr*gamma**math.floor(done/s.drop_every + 1e-9)
 
 # %% ../nbs/06_training.ipynb #372793a2
-LATER = dict(accumulate=1, compile=False, sync_bn=False)     # settings that recipes have not always had, with the value that stands for being without: earlier runs keep their names
+LATER = dict(accumulate=1, compile=False, sync_bn=False, weights='')     # settings that recipes have not always had, with the value that stands for being without: earlier runs keep their names
 
 @dataclass(frozen=True)
 class Recipe:
@@ -82,10 +82,12 @@ class Recipe:
     accumulate:int = 1                # micro-batches that a step's batch is taken in
     compile:bool = False              # the network's blocks through torch.compile
     sync_bn:bool = False              # several processes: batch norms see the whole batch (CUDA)
+    weights:str = ''                  # public weights to start from: 'imagenet', 'places365'; 'initial': none, and no data is needed for 0 epochs
 
     def check(self):
         "Raise `InputError` naming the first setting that is not valid."
-        self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture'); check_data(self.data); get_method(self.method, **self.options)
+        self.weights == '' or choose(self.weights, (*PUBLIC, 'initial'), 'weights')
+        self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture'); self.published or check_data(self.data); get_method(self.method, **self.options)
         choose(self.scheme, SCHEMES, 'scheme'); self.amp == '' or choose(self.amp, ('bf16', 'fp16'), 'amp')
         for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0, accumulate=1).items():
             v = getattr(self, name)
@@ -93,12 +95,18 @@ class Recipe:
         for name in ('width', 'lr', 'momentum', 'weight_decay', 'gamma'):
             v = getattr(self, name)
             require(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0, f'{name} {v!r} is not valid; give a finite number of 0 or more')
-        require(not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
+        require(self.published or not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
         return self
+
+    @property
+    def published(self) -> bool:
+        "The network is taken as it is: no image has to do with it."
+        return bool(self.weights and not self.epochs)
 
     @property
     def key(self) -> str:
         "Name of the run: a digest of the recipe and of the images' fingerprint."
+        if self.published: return digest(dict(asdict(self), data=''))
         known = {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
         known['data'] = known['data'].split(':')[0]                       # a folder is its content, wherever it lies
         return digest(dict(known, images=fingerprint(self.data, self.size, self.train, self.val, self.data_seed)))
@@ -111,7 +119,7 @@ def recipe_for(
     "The recipe of a profile: the paper's scheme at the profile's sizes."
     p, s = PROFILES[choose(profile, PROFILES, 'profile')], SCHEMES[choose(scheme, SCHEMES, 'scheme')]
     for name in changes: choose(name, [f.name for f in fields(Recipe)], 'setting of a recipe')
-    small = profile != 'paper'
+    small = p.small_input
     settings = dict(size=p.size, width=p.width, small_input=p.small_input, train=p.train, val=p.val, batch=p.batch, lr=dict(p.lr_of).get(changes.get('arch', 'resnet18'), p.lr), scheme=scheme,
         epochs=p.epochs*s.epochs//SCHEMES['simple'].epochs, weight_decay=s.weight_decay, validate_every=0 if small else 1,
         threads=int(small), channels_last=True)
@@ -219,7 +227,7 @@ def build_model(
     "The initialised, prepared network of a recipe."
     method = get_method(recipe.method, **recipe.options)
     with seeded('model', recipe.seed):
-        if model is None: model = create_model(recipe.arch, num_classes, width=recipe.width, small_input=recipe.small_input, side=method.side)
+        if model is None: model = create_model(recipe.arch, num_classes, weights=recipe.weights if recipe.weights in PUBLIC else None, width=recipe.width, small_input=recipe.small_input, side=method.side)
         require(model.num_classes == num_classes, f'the network has {model.num_classes} outputs, the data {num_classes} classes')
         require(not method.side or model.side_head is not None, f'method {recipe.method} needs a side head: create or wrap the model with side=True')
         return method.prepare(model)
@@ -260,9 +268,10 @@ def fit(
     "Train by the recipe."
     recipe.check()
     device = usable_device(device)
-    method = get_method(recipe.method, **recipe.options)
+    method, public = get_method(recipe.method, **recipe.options), PUBLIC.get(recipe.weights)
+    if recipe.published: return _as_published(recipe, public or PUBLIC['imagenet'], model, device)
     train, val = (load(recipe.data, s, recipe.size, n, recipe.data_seed) for s, n in (('train', recipe.train), ('val', recipe.val)))
-    stats, (rank, ranks) = channel_stats(train), shard()
+    stats, (rank, ranks) = public.stats if public else channel_stats(train), shard()
     steps, per_step = max(len(train)//recipe.batch, 1), min(recipe.batch, len(train))
     require(per_step % (ranks*recipe.accumulate) == 0, f'{per_step} images a step do not divide into {ranks} processes x {recipe.accumulate} micro-batches; give numbers whose product divides {per_step}')
     require(ranks == 1 or not recipe.sync_bn or device.type == 'cuda', f'sync_bn over several processes needs CUDA, this is {device.type}; train without it, or in one process')
@@ -329,6 +338,12 @@ def _compiled(model, wanted):
     except TorchDynamoException as e: raise InputError(f"the network cannot be compiled here ({' '.join(str(e).split()[:30])}); train without compile") from None
     finally:
         for m in found: m.__dict__.pop('forward', None)
+
+def _as_published(recipe, public, model, device):
+    "A network as others trained it; how well it does on images of theirs is for them to say."
+    start = time.perf_counter()
+    model = build_model(recipe, public.classes, model).to(device).eval()
+    return Fitted(model, recipe, public.stats, tuple(map(str, range(public.classes))), pd.DataFrame([dict(epoch=0, val_top1=math.nan, val_top5=math.nan)]), time.perf_counter() - start)
 
 def _autocast(terms, device, dtype):
     "Each forward pass under autocast, what the loop does with it outside."
@@ -397,7 +412,7 @@ def load_run(
         about = json.loads((folder/'run.json').read_text())
         data = (folder/'weights.pt').read_bytes()
         if hashlib.sha256(data).hexdigest() != about['sha256']: raise BrokenRun('weights.pt is not what was written')
-        net = build_model(recipe, len(about['classes']), model)
+        net = build_model(replace(recipe, weights=''), len(about['classes']), model)     # its weights are here
         net.load_state_dict(torch.load(io.BytesIO(data), map_location='cpu', weights_only=True))
         table = (folder/'metrics.csv').read_bytes()
         if hashlib.sha256(table).hexdigest() != about['metrics_sha256']: raise BrokenRun('metrics.csv is not what was written')
@@ -476,7 +491,7 @@ def _parser():
         weight_decay='weight decay', gamma='factor of the step schedule', validate_every='epochs between validations; 0: the last only', amp='bf16 or fp16',
         channels_last='memory format: true or false', threads='CPU threads; 0: all cores',
         accumulate='micro-batches that the images of a step are taken in, for less memory (default: 1)', compile='torch.compile the network: true or false',
-        sync_bn='several processes on CUDA: batch norms see the whole batch, true or false')
+        sync_bn='several processes on CUDA: batch norms see the whole batch, true or false', weights='start from public weights: imagenet or places365')
     for f in fields(Recipe):
         if f.name != 'options': p.add_argument('--' + f.name.replace('_', '-'), type=_boolean if f.type is bool else f.type, help=notes[f.name])
     return p
