@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
@@ -279,9 +280,11 @@ class Files(OnDisk):
             turn = _orientation(im)
         def read(factor=1):
             with _readable(path):
-                scaled = factor > 1 and im.format == 'JPEG' and turn == 1
-                if scaled: im.draft(im.mode, (im.width//factor, im.height//factor))
-                return _pixels(im), factor if scaled else 1
+                plain = im.format == 'JPEG' and im.mode in ('RGB', 'L') and turn == 1
+                if plain and factor > 1: im.draft(im.mode, (im.width//factor, im.height//factor))
+                elif plain:                                          # the same pixels as PIL's, sooner
+                    with contextlib.suppress(ValueError): return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), 1
+                return _pixels(im), factor if plain else 1           # PIL says what is wrong with a file
         return (im.size if turn >= 5 else im.size[::-1]), read
 
     def digest(self, labels, classes, sample=10000):
@@ -668,8 +671,9 @@ def _gather(images, index):
 def _crop(image, top, h, rh, oy, left, w, rw, ox, size, factor):
     "One crop as bytes: the steps of `axis_matrix`; by PIL where an image decoded at 1/factor has no whole pixel where the crop begins."
     if factor == 1:
-        part = F.interpolate(image[None, :, top:top+h, left:left+w], (rh, rw), mode='bilinear', antialias=True)
-        return part[0, :, oy:oy+size, ox:ox+size]
+        part = image[:, top:top+h, left:left+w]
+        if (h, w) != (rh, rw): part = F.interpolate(part[None], (rh, rw), mode='bilinear', antialias=True)[0]
+        return part[:, oy:oy+size, ox:ox+size]
     H, W = image.shape[1:]
     box = ((left + ox*w/rw)/factor, (top + oy*h/rh)/factor, min((left + (ox+size)*w/rw)/factor, W), min((top + (oy+size)*h/rh)/factor, H))
     im = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.BILINEAR, box=box)
@@ -761,7 +765,9 @@ def batches(
                 if len(part(chosen)): yield part(chosen), drawn and tuple(map(part, drawn)), scheme, size, memory
         for raw, chosen, flip in _from_disk(images.images, jobs(), default_workers(device) if workers is None else workers, torch.device(device).type == 'cuda'):
             raw = raw.to(device, non_blocking=True)
-            if train: raw = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], raw.flip(3), raw)
+            if train:
+                mirrored = flip.nonzero()[:, 0].to(device, non_blocking=True)
+                raw[mirrored] = raw[mirrored].flip(3)
             yield raw.to(torch.float32, memory_format=memory).sub_(mean).div_(std), images.labels[chosen].to(device)
         return
     for chosen in index.split(batch):
@@ -962,8 +968,9 @@ def loading_rates(
     workers:int=0,           # processes that decode; 0: this one
     cases=(('complex', True), ('simple', True), ('complex', False))   # scheme, training crops?
 ) -> pd.DataFrame:  # scheme, train, what, images_per_second, times_as_fast (median ratio to the reference)
-    "Images a second, on the CPU, of torchvision's reference, of the streamed files and of the packed set, in turns."
+    "Images a second of torchvision's reference, of the streamed files and of the packed set, in turns; without workers, of processor time: per core."
     kind, where = parse_name(name)
+    clock = time.perf_counter if workers else time.process_time
     require(kind == 'folder', f'{name} is not a folder:PATH')
     stats, rows = ((.485, .456, .406), (.229, .224, .225)), []
     with tempfile.TemporaryDirectory() as d:
@@ -976,9 +983,9 @@ def loading_rates(
             rates = {what: [] for what in contestants}
             for _ in range(rounds + 1):
                 for what, make in contestants.items():
-                    start = time.perf_counter()
+                    start = clock()
                     n = sum(len(x) for x, _ in make())
-                    rates[what].append(n/(time.perf_counter() - start))
+                    rates[what].append(n/(clock() - start))
             rates = pd.DataFrame(rates)[1:]
             rows += [dict(scheme=scheme, train=train, what=what, images_per_second=rates[what].median(),
                 times_as_fast=(rates[what]/rates['torchvision reference']).median()) for what in rates]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)
-from .data import batches, channel_stats, check_data, fingerprint, is_drawn, load
+from .data import DATA, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
 from .methods import METHODS, get_method
 from .models import ARCHS, PUBLIC, StagedClassifier, create_model, memory_format
@@ -58,7 +58,7 @@ LATER = dict(accumulate=1, compile=False, sync_bn=False, weights='')     # setti
 class Recipe:
     "Everything a trained network depends on."
     arch:str = 'resnet18'             # a name in `models.ARCHS`
-    data:str = 'concept_scenes'       # 'concept_scenes', 'concept_objects', 'folder:PATH'
+    data:str = 'concept_scenes'       # a name in `data.DATA`
     method:str = 'baseline'           # a name in `methods.METHODS`
     options:dict = field(default_factory=dict)    # settings of the method that differ from its defaults
     scheme:str = 'simple'             # 'simple' or 'complex'
@@ -485,7 +485,7 @@ def _parser():
     p.add_argument('--device', help='cpu, cuda, mps ... (default: the fastest there is)')
     p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='a setting of the method; may be repeated')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
-    notes = dict(arch='architecture', data='concept_scenes, concept_objects or folder:PATH', method='method', scheme='simple or complex', seed='initialisation, order, crops',
+    notes = dict(arch='architecture', data=', '.join(DATA), method='method', scheme='simple or complex', seed='initialisation, order, crops',
         size='input size, pixels', width='channels relative to the published architecture', small_input='stem for small images: true or false', train='training images; 0: all',
         val='validation images; 0: all', data_seed='which concept images', epochs='epochs; 0: the initialised network', batch='images a step', lr='initial learning rate', momentum='momentum',
         weight_decay='weight decay', gamma='factor of the step schedule', validate_every='epochs between validations; 0: the last only', amp='bf16 or fp16',
