@@ -138,10 +138,10 @@ def test_what_does_not_divide_is_refused_everywhere(group):
         assert want in said and '\n' not in said
 
 
-def launch(folder, *args, ranks=2):
-    "torchrun on this machine's CPU, in a session of its own."
+def launch(folder, *args, ranks=2, device='cpu'):
+    "torchrun on this machine, in a session of its own."
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), '-m', 'pcl_nb.training', '--profile', 'smoke',
-                             '--device', 'cpu', '--quiet', '--out', folder, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                             '--device', device, '--quiet', '--out', folder, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process):
@@ -193,3 +193,14 @@ def test_torchrun_stores_one_run(tmp_path):
     assert out.count('top-1') == 1 and json.loads((tmp_path/'run.json').read_text())['processes'] == 2
     def never(*args): raise AssertionError('trained again')
     assert np.isfinite(training.run(training.recipe_for('smoke'), tmp_path, device='cpu', progress=never).metrics.iloc[-1]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.parametrize('args', ['', '--sync-bn true', '--amp fp16'])
+def test_two_gpus_train(tmp_path, args):
+    "A GPU for each process, and batch norms over the whole batch where they are asked for."
+    process = launch(tmp_path, '--method', 'pcl', '--epochs', '2', *args.split(), device='cuda')
+    _, said = finish(process)
+    assert process.returncode == 0, said
+    assert np.isfinite(pd.read_csv(tmp_path/'metrics.csv').iloc[-1]).all() and json.loads((tmp_path/'run.json').read_text())['processes'] == 2
