@@ -146,7 +146,9 @@ def reproduce(
     "Train what is missing, run the notebooks, check their results."
     needs, failed, rows = [recipes_of(j) for j in jobs], {}, {}
     try: train_all([r for n in needs for r in n.values()], workers, device, progress, engine)
-    except RunsFailed as e: failed = e.errors
+    except RunsFailed as e:
+        failed = e.errors
+        for line in failed.values(): print(f'error: {line}', file=sys.stderr)
     for i, (job, n) in enumerate(zip(jobs, needs)):
         lacks = [failed[r.key] for r in n.values() if r.key in failed]
         if lacks: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=f'failed: {lacks[0]}')

@@ -142,8 +142,8 @@ def _dask(name, workers):
     with client, tempfile.NamedTemporaryFile(dir=runs, prefix='.seen') as mark:
         try: client.wait_for_workers(1, timeout=WAIT)
         except TimeoutError: raise InputError(f'engine {name!r}: no worker within {WAIT} seconds; start some with dask worker {client.scheduler.address} --nthreads 1') from None
-        def look(): return importlib.util.find_spec('pcl_nb') is not None, os.path.exists(mark.name)
-        for worker, (installed, sees) in client.run(look).items():
+        def look(path): return importlib.util.find_spec('pcl_nb') is not None, os.path.exists(path)
+        for worker, (installed, sees) in client.run(look, mark.name).items():
             require(installed, f'worker {worker} has no pcl_nb; install it there, in the same version')
             _check_worker(worker, runs, sees, client.nthreads()[worker])
         with joblib.parallel_config('dask', client=client) as config:
