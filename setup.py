@@ -9,4 +9,5 @@ settings.read_string(Path(__file__).with_name('settings.ini').read_text(encoding
 settings = settings['DEFAULT']
 
 setup(install_requires=settings['requirements'].split(),
-      extras_require={'dev': settings['dev_requirements'].split(), 'bench': settings['bench_requirements'].split()})
+      extras_require={'dev': settings['dev_requirements'].split(), 'bench': settings['bench_requirements'].split(),
+                      'cluster': settings['cluster_requirements'].split()})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'CHECKS', 'AS_PUBLISHED', 'trained', 'is_trained', 'image_cost',
-           'cost', 'RunsFailed', 'title', 'check_engine', 'train_all', 'stored', 'val_images', 'random_batches',
+           'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'train_all', 'stored', 'val_images', 'random_batches',
            'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
@@ -109,7 +109,7 @@ def _train_one(recipe, folder, device):
 
 # %% ../nbs/07_runs.ipynb #7feaf78e
 ENGINES = 'local', 'dask:ADDRESS', 'dask:FILE.json'
-WAIT = 30       # seconds in which a cluster's scheduler has to answer, and its first worker to be there
+WAIT = 60       # seconds in which a cluster's scheduler has to answer, and its first worker to be there
 
 def check_engine(
     name:str  # as in `ENGINES`; '': local
@@ -123,8 +123,10 @@ def check_engine(
     return name
 
 @contextlib.contextmanager
-def _local(workers):
-    "Processes on this machine: as joblib is to use them, how many runs at a time, and what it raises when a worker dies."
+def pool(
+    workers:int  # processes
+):  # yields how many tasks to hand out at a time, what is raised when a worker dies
+    "What joblib runs in parallel inside, runs in processes on this machine that share its cores."
     done = False
     try:
         with joblib.parallel_config('loky', n_jobs=workers, inner_max_num_threads=max(cores()//workers, 1)): yield workers, BrokenProcessPool
@@ -133,7 +135,7 @@ def _local(workers):
 
 @contextlib.contextmanager
 def _dask(name, workers):
-    "The same on a Dask cluster, once its workers have been found fit."
+    "The same as `pool` on a Dask cluster, once its workers have been found fit."
     from dask.distributed import Client, KilledWorker
     where, runs = name.split(':', 1)[1], runs_dir().resolve()
     try: client = Client(**dict(scheduler_file=where) if where.endswith('.json') else dict(address=where), timeout=WAIT, set_as_default=False)
@@ -141,8 +143,8 @@ def _dask(name, workers):
     with client, tempfile.NamedTemporaryFile(dir=runs, prefix='.seen') as mark:
         try: client.wait_for_workers(1, timeout=WAIT)
         except TimeoutError: raise InputError(f'engine {name!r}: no worker within {WAIT} seconds; start some with dask worker {client.scheduler.address} --nthreads 1') from None
-        def look(): return importlib.util.find_spec('pcl_nb') is not None, os.path.exists(mark.name)
-        for worker, (installed, sees) in client.run(look).items():
+        def look(path): return importlib.util.find_spec('pcl_nb') is not None, os.path.exists(path)
+        for worker, (installed, sees) in client.run(look, mark.name).items():
             require(installed, f'worker {worker} has no pcl_nb; install it there, in the same version')
             _check_worker(worker, runs, sees, client.nthreads()[worker])
         with joblib.parallel_config('dask', client=client) as config:
@@ -190,7 +192,7 @@ def train_all(
             bar.set_postfix_str(f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done' + f', {len(failed)} failed'*bool(failed))
     thread = threading.Thread(target=watch, daemon=True); thread.start()
     try:
-        with _local(workers) if here else _dask(engine, workers) as (at_once, Died):
+        with pool(workers) if here else _dask(engine, workers) as (at_once, Died):
             while todo:
                 try:
                     for k, error in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(

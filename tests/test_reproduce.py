@@ -1,12 +1,15 @@
 """pcl-reproduce as a user runs it, at the smallest profile."""
 import os
+import re
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conftest import NBS, ROOT, code_cells, contents
-from pcl_nb import reproduce
+from pcl_nb import core, reproduce
 
 
 def command(folder, *args):
@@ -28,6 +31,42 @@ def test_dry_run_trains_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'train resnet50' in done.stdout and 'run   erf' in done.stdout and 'fig5 fig6' in done.stdout
     assert contents(tmp_path) == {}
+
+
+def test_plan_of_the_paper_needs_no_data_and_adds_up(tmp_path):
+    "The complete matrix on Places365 and ImageNet: hours of each run, their sum, in seconds of computing, and nothing is written."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command(tmp_path, '--profile', 'paper', '--dry-run')
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20       # not the clock: others may be at work
+    hours = [line for line in done.stdout.splitlines() if line.startswith('  train ')]
+    cost = [float(line.split()[-1].replace(',', '')) for line in hours]
+    total = float(re.search(r'^  total +([\d,.]+) GPU hours', done.stdout, re.M)[1].replace(',', ''))
+    networks, missing = map(int, re.search(r'(\d+) networks, (\d+) to be trained', done.stdout).groups())
+    assert len(cost) == networks == missing and abs(sum(cost) - total) < .05 < total
+    for name in ('places365', 'imagenet', 'densenet121', 'complex', 'acol'): assert any(name in line for line in hours)
+    assert contents(tmp_path) == {}
+    twice = command(tmp_path, '--profile', 'paper', '--dry-run', '--tflops', '20', '--only', 'table1', '--seeds', '1')
+    once = command(tmp_path, '--profile', 'paper', '--dry-run', '--tflops', '40', '--only', 'table1', '--seeds', '1')
+    two, one = (float(re.search(r'^  total +([\d,.]+) GPU hours', d.stdout, re.M)[1].replace(',', '')) for d in (twice, once))
+    assert abs(two/one - 2) < .01
+
+
+def test_absent_data_stops_a_run(capsys):
+    "What a plan may take for granted, a run may not."
+    with pytest.raises(SystemExit): reproduce.main(['--profile', 'paper', '--only', 'fig4'])
+    assert 'places365' in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatch):
+    "Its notebook is left out and says why; the other one runs; the exit code says that one failed."
+    real = reproduce.recipes_of
+    def one_diverges(job): return {k: replace(r, lr=1e6) if job.notebook == 'qualitative' and r.method == 'pcl' else r for k, r in real(job).items()}
+    monkeypatch.setattr(reproduce, 'recipes_of', one_diverges)
+    jobs = reproduce.plan(['fig4', 'fig6'], 'smoke', ['resnet18'])
+    table = reproduce.reproduce(jobs, core.figures_dir('smoke'), progress=False).set_index('notebook').state
+    assert table['erf'] == 'done' and table['qualitative'].startswith('failed: resnet18') and 'Try a lower learning rate' in table['qualitative']
 
 
 def test_figures_are_made_once_and_a_report_is_written(tmp_path):
@@ -67,6 +106,9 @@ def test_a_failing_notebook_does_not_stop_the_others(tmp_path):
     (['--seeds', '0', '--only', 'table1'], 'is not a whole number from 1 to 100'),
     (['--seeds', 'many'], 'invalid int value'),
     (['--figures', '5'], 'unrecognized arguments'),
+    (['--engine', 'slurm'], 'valid: local, dask:ADDRESS, dask:FILE.json'),
+    (['--engine', 'dask:nowhere.json'], 'nowhere.json'),
+    (['--dry-run', '--tflops', '0'], 'give a number above 0'),
 ])
 def test_bad_value_is_refused_in_one_line(capsys, args, named):
     "The message says what is valid; the exit code is 2."

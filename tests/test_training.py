@@ -184,7 +184,7 @@ def test_help_names_every_setting(capsys):
     ('--scheme hard', 'valid: simple, complex'),
     ('--profile tiny', 'valid: smoke, embedded, photos'),
     ('--data folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
-    ('--data imagenet', 'valid: concept_scenes, concept_objects, folder:PATH'),
+    ('--data imagenot', 'valid: concept_scenes, concept_objects, folder:PATH'),
     ('--batch 0', 'a whole number of 1 or more'),
     ('--batch many', '--batch'),
     ('--lr nan', 'a finite number of 0 or more'),
