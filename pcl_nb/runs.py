@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .core import (PROFILES, InputError, choose, cores, digest, figures_dir, flag, generator, integer, list_of, one_of, or_profile, pairs, require,
     resolve, runs_dir, text, usable_device, write_atomic)
-from .data import ImageSet, batches, check_data, count, fingerprint, load, parse_name, pick
+from .data import ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
 from .models import ARCHS, _BUILD
 from .training import SCHEMES, Fitted, Recipe, recipe_for, run, set_aside
@@ -278,10 +278,11 @@ def settle(
 ) -> tuple:  # sizes of the profile, folder for the results, device
     "Put the profile's values where -1 stands, and find out now what would fail later."
     data = [P[n] for n in ('scenes', 'objects') if n in P]
-    if P['profile'] == 'embedded' and any(d.startswith('folder:') for d in data): P['profile'] = 'photos'
+    if P['profile'] == 'embedded' and not all(map(is_drawn, data)): P['profile'] = 'photos'
     if 'pcl' in P: get_method('pcl', **P['pcl'])
     sizes = PROFILES[P['profile']]
     public = P['profile'] == 'public'
+    require(not public or not is_drawn(P.get('scenes', '')), 'profile public takes photographs: give scenes as folder:PATH, with val/CLASS/*, or places365:PATH')
     for name in data: check_data(name, trains=not public)
     for name in ('images', 'size', 'bootstrap'):
         if P.get(name) == -1: P[name] = getattr(sizes, name)
