@@ -82,10 +82,12 @@ class RunsFailed(RuntimeError):
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
 def title(
-    recipe:Recipe
+    recipe:Recipe,
+    between:str=''   # what stands between the words; '': they stand in columns
 ) -> str:
     "A run in words."
-    return f"{recipe.arch:20} {recipe.method:9} {recipe.scheme:8} seed {recipe.seed}  {recipe.data}  {recipe.options or ''}".rstrip()
+    words = f"{recipe.arch:20} {recipe.method:9} {recipe.scheme:8} seed {recipe.seed}  {recipe.data}  {recipe.options or ''}".rstrip()
+    return between.join(words.split()) if between else words
 
 def _check_worker(worker, runs, sees, threads):
     require(sees, f'worker {worker} cannot see {runs}; set PCL_NB_RUNS to a folder on a file system that all workers share')
@@ -102,10 +104,10 @@ def _train_one(recipe, folder, device):
     try:
         _check_worker(platform.node(), folder, folder.is_dir(), threads)
         run(recipe, folder, device=device, progress=tell)
-        (folder/'progress').unlink(missing_ok=True)
         return folder.name, ''
     except (InputError, FloatingPointError) as e: return folder.name, str(e)
     except Exception as e: return folder.name, f'{type(e).__name__}: {e}'.splitlines()[0]
+    finally: (folder/'progress').unlink(missing_ok=True)
 
 # %% ../nbs/07_runs.ipynb #7feaf78e
 ENGINES = 'local', 'dask:ADDRESS', 'dask:FILE.json'
@@ -198,10 +200,10 @@ def train_all(
                     for k, error in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(
                             joblib.delayed(_train_one)(missing[k] if here else _anywhere(missing[k]), folders[k], device) for k in list(todo)):
                         todo.remove(k); deaths = 0
-                        if error or not (folders[k]/'run.json').exists(): failed[k] = f"{title(missing[k])}: {error or f'trained, but not in {folders[k]}'}"
+                        if error or not (folders[k]/'run.json').exists(): failed[k] = f"{title(missing[k], ' ')}: {error or f'trained, but not in {folders[k]}'}"
                 except Died:
                     deaths += 1
-                    if deaths >= LIVES: failed.update({k: f'{title(missing[k])}: its worker died, {LIVES} times in a row; out of memory, perhaps: try fewer workers' for k in todo}); break
+                    if deaths >= LIVES: failed.update({k: f"{title(missing[k], ' ')}: its worker died, {LIVES} times in a row; out of memory, perhaps: try fewer workers" for k in todo}); break
     finally:
         stop.set(); thread.join()
         finished = len(missing) - len(failed) - len(todo)*(deaths < LIVES)
