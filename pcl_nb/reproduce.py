@@ -332,7 +332,7 @@ def main(
         print(f"{len(jobs)} notebooks, {len(table)} networks, {(table.state == 'train').sum()} to be trained (about {table.hours.sum():,.4g} {unit} hours)")
         if a.dry_run:
             width = max(map(len, table.run), default=0)
-            digits = max((len(f'{h}'.split('.')[1]) for h in table.hours), default=1)
+            digits = max((len(f'{h:.9f}'.rstrip('0').split('.')[1]) for h in table.hours), default=1)
             for row in table.itertuples(): print(f'  {row.state:6} {row.run:{width}} {row.hours:12,.{digits}f}')
             print(f"  total  {'':{width}} {table.hours.sum():12,.{digits}f} {unit} hours of training: an estimate, at {a.tflops or TFLOPS[unit]:g} x 10^12 operations a second (--tflops)")
             for j in jobs: print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))
