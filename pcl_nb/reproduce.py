@@ -62,6 +62,9 @@ def plan(
     archs = archs or small.get('archs', ())
     for name in only or small.get('figures') or there['figures']:
         f = there['figures'][choose(name, there['figures'], 'figure or table')]
+        if f.get('concepts') and not is_drawn(given.get('scenes') or 'concept_scenes'):
+            require(name not in only, f'{name} needs concept data: photographs do not say where the evidence is; leave it out, or --scenes')
+            continue
         e = there['experiments'][f['experiment']]
         paper = f.get('archs', ARCHS)
         mine = [a for a in ARCHS if a in (archs or paper)] if 'choose' in e or not archs else [a for a in paper if a in archs] or list(archs)
