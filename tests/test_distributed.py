@@ -16,7 +16,7 @@ from torch import nn
 from conftest import ROOT, processes
 from pcl_nb import core, losses, methods, models, training
 
-SECONDS = 120  # nothing takes this long, unless it hangs
+SECONDS = 300  # nothing takes this long, unless it hangs
 # Every method, with both sides trained and the other forms of CPC; the batch also in two micro-batches.
 STEPS = [(name, {}, 1) for name in methods.METHODS] + [('pcl', dict(detach=False, cpc_distance='js'), 1), ('pcl', dict(cpc_distance='correlation'), 1), ('pcl', {}, 2), ('has', {}, 2)]
 
@@ -57,7 +57,7 @@ def normed_gradient():
     return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([*items.values()])
 
 
-SMOKE = training.recipe_for('smoke', method='pcl', epochs=2, validate_every=1)
+SMOKE = training.recipe_for('smoke', method='pcl', train=32, val=32, epochs=2, validate_every=1)
 OWN = training.recipe_for('smoke', arch='custom', method='pcl', train=32, val=21, epochs=2, validate_every=1)
 
 

@@ -17,7 +17,7 @@ from pcl_nb import runs, training
 from pcl_nb.core import InputError
 from test_training import SECONDS, outcome
 
-LONG = training.recipe_for('smoke', train=32, val=16, epochs=20)
+LONG = training.recipe_for('smoke', train=32, val=16, epochs=10)
 SWEEP = [replace(LONG, seed=s) for s in range(4)]
 DIVERGES = training.recipe_for('smoke', lr=1e6)
 needs_dask = pytest.mark.skipif(not importlib.util.find_spec('distributed'), reason='Dask is not installed (extra cluster)')
