@@ -7,9 +7,9 @@ __all__ = ['RELU', 'ARCHS', 'TITLES', 'PUBLIC', 'PART', 'submodule', 'StagedClas
            'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'folded', 'parts']
 
 # %% ../nbs/02_models.ipynb #03e27a16
-import contextlib, hashlib, os, re, urllib.error, urllib.request
+import contextlib, hashlib, http.client, os, re, urllib.request, warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -240,11 +240,13 @@ class Published:
     url:str          # folder
     files:dict       # architecture -> name of the file
     classes:int
+    sums:dict=field(default_factory=dict)                     # file -> SHA-256, where its name does not begin it
     stats:tuple=((.485, .456, .406), (.229, .224, .225))      # mean, std that the images were normalised with
 
 PUBLIC = {
-    'imagenet': Published('https://download.pytorch.org/models', {a: get_model_weights(a).IMAGENET1K_V1.url.rpartition('/')[2] for a in ('shufflenet_v2_x1_5', 'resnet18', 'resnet34', 'resnet50', 'densenet121')}, 1000),
-    'places365': Published('http://places2.csail.mit.edu/models_places365', {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')}, 365),
+    'imagenet': Published('https://download.pytorch.org/models', {a: get_model_weights(a).IMAGENET1K_V1.url.rpartition('/')[2] for a in ARCHS}, 1000),
+    'places365': Published('http://places2.csail.mit.edu/models_places365', {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')}, 365,
+        {'resnet50_places365.pth.tar': '46529c86902bd0cfb0ea562a30b2850c28d2620d96282b3db9c318e1d774f6c5'}),
 }
 
 def weights_dir(
@@ -252,11 +254,11 @@ def weights_dir(
     "Where public weights are kept: `$PCL_NB_WEIGHTS`, or torch.hub's folder."
     return Path(os.environ.get('PCL_NB_WEIGHTS') or Path(torch.hub.get_dir())/'checkpoints')
 
-def _expected(path):
-    "Beginning of the SHA-256 that a file has to have: from `SHA256SUMS` beside it, or from its name; None: nobody has said."
+def _expected(path, known):
+    "Beginning of the SHA-256 that a file has to have: from `SHA256SUMS` beside it, else as known or in its name; None: nobody has said."
     sums, named = path.with_name('SHA256SUMS'), re.search(r'-([0-9a-f]{8,64})\.', path.name)
     lines = sums.read_text().split('\n') if sums.exists() else []
-    return next((l.split()[0].lower() for l in lines if len(l.split()) == 2 and l.split()[1].lstrip('*') == path.name), named and named[1])
+    return next((l.split()[0].lower() for l in lines if len(l.split()) == 2 and l.split()[1].lstrip('*') == path.name), known or named and named[1])
 
 def _download(url, path, progress=True):
     "Fetch a file, whole or not at all."
@@ -267,7 +269,7 @@ def _download(url, path, progress=True):
             while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
             require(bar.total in (None, f.tell()), f'{url} ended after {f.tell()} of {bar.total} bytes; try again, or place the file as {path}')
         os.replace(part, path)
-    except (OSError, ValueError) as e:            # urllib's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as e:            # urllib's errors are OSErrors
         if isinstance(e, InputError): raise
         raise InputError(f'{url} cannot be fetched ({e}); place the file as {path}') from None
     finally: part.unlink(missing_ok=True)
@@ -284,7 +286,7 @@ def weights_file(
     fetched = not path.exists()
     if fetched: _download(f"{os.environ.get('PCL_NB_WEIGHTS_URL') or public.url}/{path.name}", path, progress)
     with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-    wanted = _expected(path)
+    wanted = _expected(path, public.sums.get(path.name))
     require(wanted is not None, f"{path} has the SHA-256 {found}, for which nobody vouches; if you trust where it comes from, add the line '{found}  {path.name}' to {path.with_name('SHA256SUMS')}")
     if not found.startswith(wanted):
         if fetched: path.unlink()
@@ -292,12 +294,25 @@ def weights_file(
     return path
 
 def _open(path):
-    "What a file of weights holds; no code in it is run."
+    "The state dict in a file of weights; no code in it is run."
     scalar = np.float64(0).__reduce__()[0]
     try:
-        with torch.serialization.safe_globals([(scalar, 'numpy.core.multiarray.scalar'), scalar, np.dtype, type(np.dtype('f8')), type(np.dtype('f4'))]):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({str(e).strip().splitlines()[0][:120]})') from None
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(scalar, 'numpy.core.multiarray.scalar'), scalar, np.dtype, type(np.dtype('f8')), type(np.dtype('f4'))]):
+            warnings.filterwarnings('ignore', 'pickle_load_args')      # torch says that an encoding has no effect here; it has
+            found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')       # Python 2's numbers are bytes that no other encoding has
+        return {k.removeprefix('module.'): v for k, v in found.get('state_dict', found).items()}
+    except Exception as e: raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({(str(e).strip() or type(e).__name__).splitlines()[0][:120]})') from None
+
+def _fill(module, state, what):
+    "Load a state dict; one line if it is another network's."
+    own = module.state_dict()
+    fits = {k: isinstance(v, Tensor) and k in own and v.shape == own[k].shape for k, v in state.items()}
+    wrong = [k for k in state if not fits[k]] + [k for k in own if k not in state and not k.endswith('num_batches_tracked')]      # files older than the counter have none
+    if wrong:
+        k = wrong[0]
+        says = [f'{tuple(v.shape)}' if isinstance(v := d.get(k), Tensor) else 'missing' for d in (state, own)]
+        raise InputError(f'{what} do not fit this network: {k} is {says[0]} there, {says[1]} here ({len(wrong)} such); give the architecture, width, classes and side head that they were saved with')
+    module.load_state_dict(state, strict=False)
 
 def public_state(
     source:str,   # a name in `PUBLIC`
@@ -305,7 +320,6 @@ def public_state(
 ) -> dict:  # for torchvision's network
     "The state dict of public weights."
     state = _open(weights_file(source, arch))
-    state = {k.removeprefix('module.'): v for k, v in state.get('state_dict', state).items()}
     if arch == 'densenet121': state = {re.sub(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.', r'\1\2.', k): v for k, v in state.items()}
     return state
 
@@ -327,11 +341,11 @@ def create_model(
     require(not public or (width == 1 and not small_input), f'weights {weights!r} fit the published network; give width 1 and small_input False')
     model = StagedClassifier(build(PUBLIC[weights].classes if public else num_classes, width, small_input), stages, head, side, arch)
     if public:
-        model.net.load_state_dict(public_state(weights, arch))
+        _fill(model.net, public_state(weights, arch), f'{weights} weights of {arch}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
     elif weights is not None:
         require(Path(weights).is_file(), f"weights {str(weights)!r} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
-        model.load_state_dict(_open(weights))
+        _fill(model, _open(weights), f'weights {str(weights)!r}')
     return model
 
 def _new_head(model, num_classes):

@@ -106,8 +106,8 @@ class Recipe:
     @property
     def key(self) -> str:
         "Name of the run: a digest of the recipe and of the images' fingerprint."
-        if self.published: return digest(dict(asdict(self), data=''))
         known = {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        if self.published: return digest(dict(known, data=''))
         known['data'] = known['data'].split(':')[0]                       # a folder is its content, wherever it lies
         return digest(dict(known, images=fingerprint(self.data, self.size, self.train, self.val, self.data_seed)))
 

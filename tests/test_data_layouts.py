@@ -1,6 +1,7 @@
 """Data sets in the layouts that their publishers give them, files of every kind, and packing that is killed."""
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_places365(places, variant, monkeypatch):
         assert torch.equal(images.images[1], data.decode(wanted[1][0]))
     monkeypatch.setenv('PCL_NB_DATA', str(places.parent))
     assert len(data.load(name, 'train', 32)) == 12 and data.check_data(name) == name
+
+
+def test_validation_images_are_enough_where_nothing_is_trained(places, imagenet):
+    "Without the training images, and in the case of Places365 without their list."
+    shutil.rmtree(places/'data_large_standard'); (places/'places365_train_standard.txt').unlink(); shutil.rmtree(imagenet/'train')
+    refresh()
+    for name, n in {f'places365:{places}': 6, f'imagenet:{imagenet}': 3}.items():
+        data.check_data(name, trains=False)
+        assert len(data.load(name, 'val', 32)) == n and data.fingerprint(name, 32)
+        with pytest.raises(InputError): data.check_data(name)
 
 
 def test_places365_small_has_a_cap_or_a_list(places, tmp_path):

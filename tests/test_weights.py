@@ -2,7 +2,10 @@
 import hashlib
 import os
 import pickle
+import struct
 import threading
+from collections import namedtuple
+from dataclasses import asdict, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,7 +17,7 @@ import torchvision
 from PIL import Image
 
 from conftest import NBS, papermill, printed
-from pcl_nb import core, models, training
+from pcl_nb import core, data, models, reproduce, training
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -64,17 +67,63 @@ def test_places365_weights_are_fetched_once_and_fit(server, zipped):
     assert sorted(p.name for p in cache.iterdir()) == ['SHA256SUMS', 'resnet18_places365.pth.tar']
 
 
-def test_strings_of_python_2_are_read(server):
-    "Protocol 2 with byte strings, as Python 2 wrote names."
+class Python2(pickle._Pickler):
+    "Writes what Python 2 and a PyTorch of 2017 wrote: strings as bytes, tensors without gradients, storages that lay on a GPU."
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_str(self, text):
+        raw = text.encode('latin1')
+        self.write(b'U' + bytes([len(raw)]) + raw)
+        self.memoize(text)
+    dispatch[str] = save_str
+
+    def save_bytes(self, raw): self.save_str(raw.decode('latin1'))       # one type in Python 2
+    dispatch[bytes] = save_bytes
+
+    def reducer_override(self, o):
+        if not isinstance(o, torch.Tensor): return NotImplemented
+        self.storages[str(id(o))] = o
+        return torch._utils._rebuild_tensor, (Storage(str(id(o)), o.numel()), 0, tuple(o.shape), o.stride())
+
+    def persistent_id(self, o):
+        if isinstance(o, Storage): return 'storage', torch.cuda.FloatStorage, o.key, 'cuda:0', o.size, None
+
+
+Storage = namedtuple('Storage', 'key size')
+
+
+def write_python2(o, path):
+    "An object in the format of 2017, by `Python2`."
+    with open(path, 'wb') as f:
+        for part in (0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes=dict(short=2, int=4, long=4)), o):
+            p = Python2(f, 2); p.storages = {}; p.dump(part)
+        keys = sorted(p.storages); pickle.dump(keys, f, 2)
+        for k in keys: f.write(struct.pack('<q', p.storages[k].numel()) + p.storages[k].contiguous().numpy().tobytes())
+
+
+def test_checkpoint_of_python_2_is_read(server):
+    "Every peculiarity at once: byte strings, a NumPy number whose bytes are no text, tensors of the GPU, the format before zip files."
     served, cache = server
-    csail(served/'resnet18_places365.pth.tar')
-    raw = (served/'resnet18_places365.pth.tar').read_bytes()
-    text = b'resnet18'
-    unicode, binary = b'X' + len(text).to_bytes(4, 'little') + text, b'U' + bytes([len(text)]) + text
-    assert raw.count(unicode) == 1
-    (served/'resnet18_places365.pth.tar').write_bytes(raw.replace(unicode, binary))
-    vouch(cache, served/'resnet18_places365.pth.tar')
-    assert len(models.public_state('places365', 'resnet18')) == 102
+    path = served/'resnet18_places365.pth.tar'
+    net, checkpoint = csail(path), torch.load(path, weights_only=False)
+    assert not np.float64(54.7).tobytes().isascii()
+    write_python2(checkpoint, path)
+    raw = path.read_bytes().replace(b'numpy._core', b'numpy.core')
+    path.write_bytes(raw)
+    assert all(s in raw for s in (b'ctorch.cuda\nFloatStorage', b'_rebuild_tensor\n', b'U\x06cuda:0', b'module.conv1.weight', b'numpy.core.multiarray\nscalar')) and b'X\x08\0\0\0' not in raw[:5000]
+    vouch(cache, path)
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(models.create_model('resnet18', 365, weights='places365').eval()(x), net(x))
+
+
+def test_resnet50_of_places365_has_a_known_hash(server):
+    "Another file under the name is refused and not kept, unless a line of the user's vouches for it."
+    served, cache = server
+    (served/'resnet50_places365.pth.tar').write_bytes(b'another file')
+    with pytest.raises(core.InputError, match='should have 46529c86.*it was not kept'): models.weights_file('places365', 'resnet50')
+    assert list(cache.iterdir()) == []
+    vouch(cache, served/'resnet50_places365.pth.tar')
+    assert models.weights_file('places365', 'resnet50').read_bytes() == b'another file'
 
 
 def test_a_file_nobody_vouches_for_is_refused_until_somebody_does(server):
@@ -162,6 +211,41 @@ def test_a_published_network_is_a_run_of_no_epochs(server, monkeypatch):
     assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items())
 
 
+def test_a_published_network_keeps_its_name(server):
+    "What the recipe of a later version may add does not rename it, where the data lie neither."
+    a, b = (training.recipe_for('public', data=f'folder:{d}', weights='imagenet') for d in ('here', 'there'))
+    assert a.key == b.key == core.digest({k: v for k, v in asdict(replace(a, data='')).items() if k not in training.LATER or k == 'weights'})
+    assert a.key != replace(a, arch='resnet34').key != replace(a, weights='places365').key
+
+
+def test_public_weights_are_fine_tuned(server, monkeypatch):
+    "Another head, the statistics of the weights, everything else as they are at the start."
+    net = imagenet(server[0], 'resnet18', monkeypatch)
+    recipe = training.recipe_for('public', data='concept_scenes', train=16, val=16, weights='imagenet', size=32, epochs=1, batch=8, lr=1e-6, method='pcl', threads=1)
+    fitted = training.fit(recipe, progress=False)
+    assert fitted.stats == models.PUBLIC['imagenet'].stats and fitted.model.num_classes == fitted.model.side_head.out_features == 16
+    torch.testing.assert_close(fitted.model.net.layer1[0].conv1.weight.cpu(), net.layer1[0].conv1.weight, rtol=0, atol=1e-3)
+    assert (fitted.model.net.layer1[0].conv1.weight.cpu() != net.layer1[0].conv1.weight).any()
+
+
+def photos(folder):
+    "Four validation images of one class, and none for training."
+    rng = np.random.default_rng(0)
+    (folder/'val'/'coast').mkdir(parents=True)
+    for i in range(4): Image.fromarray(rng.integers(0, 255, (80, 90, 3), np.uint8)).save(folder/'val'/'coast'/f'{i}.jpg')
+    return f'folder:{folder}'
+
+
+def test_pcl_reproduce_plans_the_public_profile(tmp_path, capsys):
+    "Fifteen networks less the three that nobody publishes; without photographs, and for other figures, one line says what to give."
+    given = ['--profile', 'public', '--only', 'fig5,fig6', '--dry-run']
+    assert reproduce.main([*given, '--scenes', photos(tmp_path)]) == 0
+    assert '12 networks' in capsys.readouterr().out
+    for argv, named in [(given, 'give scenes as folder:PATH'), ([*given, '--only', 'fig7', '--scenes', f'folder:{tmp_path}'], 'give figures 5 and 6')]:
+        with pytest.raises(SystemExit): reproduce.main(argv)
+        assert named in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
     "Validation images alone; an architecture that nobody trained on scenes is drawn without them."
     served, cache = server
@@ -169,12 +253,7 @@ def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
     for arch in ('resnet18', 'shufflenet_v2_x1_5'):
         path = served/models.PUBLIC['imagenet'].files[arch]       # the real name with other weights: trusted by its line, not by its name
         torch.save(getattr(torchvision.models, arch)().state_dict(), path); vouch(cache, path)
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        path = tmp_path/'photos'/'val'/'coast'/f'{i}.jpg'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (80, 90, 3), np.uint8)).save(path)
-    run = dict(profile='public', scenes=f"folder:{tmp_path/'photos'}", arch='resnet18,shufflenet_v2_x1_5', size=64, images=4, bootstrap=4)
+    run = dict(profile='public', scenes=photos(tmp_path/'photos'), arch='resnet18,shufflenet_v2_x1_5', size=64, images=4, bootstrap=4)
     done = papermill(NBS/'erf.ipynb', tmp_path, figures='7', **run)
     assert done.returncode and 'profile public has the networks init, objects, scenes' in done.stderr
     done = papermill(NBS/'erf.ipynb', tmp_path, figures='5,6', **run)
