@@ -15,7 +15,7 @@ help:  ## this list
 figures: $(READY)  ## Figures 1 to 9 and Table 1 for two architectures, few repeats; ARGS="--archs resnet50" ...
 	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
 
-figures-all: $(READY)  ## every figure and table, five architectures, three repeats: hours on two cores
+figures-all: $(READY)  ## every figure and table, five architectures, three repeats: 72 minutes on two cores
 	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .cam import class_activation_map, erasing_mask, normalize_map
 from .core import choose, digest, generator, require, usable_device
 from .data import batches, evidence, fingerprint
-from .models import StagedClassifier, folded, memory_format
+from .models import StagedClassifier, folded, memory_format, parts
 from .runs import stored, val_images
 
 # %% ../nbs/08_focus_area.ipynb #4594c7de
@@ -78,9 +78,14 @@ def _check_rule(rule, tau):
     choose(rule, RULES, 'rule')
     require(isinstance(tau, (int, float)) and not isinstance(tau, bool) and 0 <= tau <= 1, f'tau {tau!r} is not valid; give a number from 0 to 1')
 
-@torch.no_grad()
 def _focus(model, images, rule, tau, stage, target, steps):
     "`focus_area` of images of one size, for a model that is folded and checked."
+    portions = parts(images)
+    targets = [None]*len(portions) if target is None else target.split([len(p) for p in portions])
+    return FocusArea(*map(torch.cat, zip(*(_focus_part(model, p, rule, tau, stage, t, steps) for p, t in zip(portions, targets)))))
+
+@torch.no_grad()
+def _focus_part(model, images, rule, tau, stage, target, steps):
     logits, features = model(images, stages=(stage,))
     prediction = logits.argmax(1)
     target = prediction if target is None else target

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .cam import FILLS, MASKS, cam_erase, class_activation_map, erasing_mask
 from .core import choose, require
-from .losses import DISTANCES, category_consistency, instance_consistency
+from .losses import DISTANCES, category_consistency, instance_consistency, joint, shard
 from .models import StagedClassifier, frozen
 
 # %% ../nbs/05_methods.ipynb #1070b968
@@ -112,7 +112,7 @@ class PCL(Method):
             f.clear()
         erased_logits = model(erased)
         if self.ipc_weight: items['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
-        if self.cpc_weight: items['cpc'] = self.cpc_weight*category_consistency(logits, erased_logits, self.cpc_distance, self.detach)
+        if self.cpc_weight: items['cpc'] = self.cpc_weight*category_consistency(joint(logits), joint(erased_logits), self.cpc_distance, self.detach)
         yield logits, items
 
     def losses(self, model, images, labels, stats=None):
@@ -152,8 +152,9 @@ def hide_patches(
     B, _, H, W = images.shape
     for s in sizes: require(0 <= s <= min(H, W), f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
     longest, least = max(H, W), min([s for s in sizes if s], default=max(H, W))
-    S = torch.tensor(sizes)[torch.randint(len(sizes), (B,))]                         # drawn on the CPU: the same on every device
-    m = torch.rand(B, -(-longest//least), -(-longest//least)) < drop_rate
+    rank, ranks = shard()                                                            # drawn for the whole batch, whoever holds the image
+    S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]      # and on the CPU: the same on every device
+    m = torch.rand(B*ranks, -(-longest//least), -(-longest//least))[rank::ranks] < drop_rate
     S, m = S.to(images.device), m.to(images.device)
     grid = torch.where(S > 0, S, longest)[:, None]
     row, column = torch.arange(H, device=S.device)//grid, torch.arange(W, device=S.device)//grid      # (B,H), (B,W)

@@ -234,11 +234,12 @@ def activity_against_erf(
         fig, axes = plt.subplots(1, len(stages), figsize=(2.5*len(stages) + 1.6, 2.3), squeeze=False)
         for ax, stage in zip(axes[0], stages):
             for r in table[table.stage == stage].itertuples():
-                ax.errorbar(r.positive, r.erf, [[max(r.erf - r.erf_low, 0)], [max(r.erf_high - r.erf, 0)]], fmt=marks[r.arch], color=ACTIVITY[r.network], ms=4, mew=0, elinewidth=.7, label=f'{NETWORKS[r.network]}, {_title(r.arch)}')
+                ax.errorbar(r.positive, r.erf, [[max(r.erf - r.erf_low, 0)], [max(r.erf_high - r.erf, 0)]], fmt=marks[r.arch], color=ACTIVITY[r.network], ms=4, mew=0, elinewidth=.7)
             ax.set(title=stage.replace('stage', 'stage '), xlabel='P(x > 0)'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
         axes[0, 0].set_ylabel('ERF size (pixels)')
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc='outside right upper')
+        networks = [n for n in ACTIVITY if n in set(table.network)]
+        handles = [plt.Line2D([], [], ls='', marker='o', ms=4, mew=0, color=ACTIVITY[n], label=NETWORKS[n]) for n in networks] + [plt.Line2D([], [], ls='', marker=marks[a], ms=4, mew=0, color=GREY, label=_title(a)) for a in archs]
+        fig.legend(handles=handles, loc='outside right upper')
     return fig
 
 def accuracy_against_focus(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .claims import in_order
 from .core import PROFILES, InputError, choose, cores, figures_dir, markdown_table, require, resolve, root, runs_dir, write_atomic
-from .data import published_sizes
+from .data import is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
 
@@ -129,7 +129,8 @@ def run_notebook(
     out = Path(executed)/f"{job.notebook}{'_' + arch if arch and job.notebook != 'erf' else ''}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(notebook_path(job.notebook)), str(out), job.parameters, kernel_name='python3', progress_bar=False, log_output=False)
+        papermill.execute_notebook(str(notebook_path(job.notebook)), str(out), job.parameters, kernel_name='python3', progress_bar=False, log_output=False,
+            extra_arguments=['--IPKernelApp.log_level=40'])      # no word on transport encryption: the kernel is on this machine
         state = '; '.join(missing_outputs(folder, job.outputs, before)) or 'done'
     except papermill.PapermillExecutionError as e: state = f'failed: {e.ename}: {e.evalue}'.splitlines()[0]
     except Exception as e: state = f'failed: {type(e).__name__}: {e}'.splitlines()[0]       # a kernel that died, a full disk
@@ -202,7 +203,7 @@ def entries(
         found.append(dict(id=name, caption=f['caption'], paper=f['paper'], command=f"papermill nbs/{f['experiment']}.ipynb out.ipynb{chosen}", pictures=pictures, tables=[s for s in stems if (Path(folder)/f'{s}.md').exists()], stems=stems))
     return found
 
-def _title(id): return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
+def _title(id): return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'choices': 'Open choices', 'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
 
 def gallery(
     folders:dict  # profile -> where its results are
@@ -275,19 +276,18 @@ def estimate(
     unit:str,              # 'core' or 'GPU': what trains one run
     tflops:float=0.        # what it does in a second, in 10^12 operations; 0: as in `TFLOPS`
 ) -> pd.DataFrame:  # a row a run: state, run, hours; the hours rounded, so that they add up
-    "How long training takes, with `attrs['digits']` behind the point; what is stored takes nothing."
+    "How long training takes; what is stored takes nothing."
     rate = 3600e12*(tflops or TFLOPS[choose(unit, TFLOPS, 'unit')])
     found = pd.DataFrame([dict(state='stored' if is_trained(r) else 'train', run=title(r), hours=0. if is_trained(r) else cost(r)/rate) for r in recipes], columns=['state', 'run', 'hours'])
     middle = found.hours[found.hours > 0].median()
-    found.attrs['digits'] = max(1, 2 - math.floor(math.log10(middle))) if middle > 0 else 1
-    return found.round(found.attrs['digits'])
+    return found.assign(hours=found.hours.round(1 if not middle > 0 else max(1, 1 - math.floor(math.log10(middle)))))
 
 
 # %% ../nbs/12_reproduce.ipynb #6615a7da
 def _parser():
     p = argparse.ArgumentParser(prog='pcl-reproduce', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Regenerate figures and tables: train what is missing, run the notebooks, check their results. Given again after an interruption, it goes on where it was.',
-        epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
+        epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
     p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few repeats')
@@ -323,7 +323,7 @@ def main(
             print(base/'README.md'); return 0
         require(a.tflops is None or 0 < a.tflops < math.inf, f'tflops {a.tflops!r} is not valid; give a number above 0')
         check_engine(a.engine)
-        folders = [d for d in (a.scenes, a.objects) if d and d.startswith('folder:')]
+        folders = [d for d in (a.scenes, a.objects) if d and not is_drawn(d)]
         profile = 'photos' if a.profile == 'embedded' and folders else a.profile
         jobs = plan(listed(a.only), profile, listed(a.archs), a.reduced, scenes=a.scenes, objects=a.objects, seed=a.seed, seeds=a.seeds, epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
         folder, unit = resolve(a.out) if a.out else figures_dir(profile), 'GPU' if profile == 'paper' else 'core'
@@ -331,7 +331,8 @@ def main(
             table = estimate({r.key: r for j in jobs for r in recipes_of(j).values()}.values(), unit, a.tflops)
         print(f"{len(jobs)} notebooks, {len(table)} networks, {(table.state == 'train').sum()} to be trained (about {table.hours.sum():,.4g} {unit} hours)")
         if a.dry_run:
-            width, digits = max(map(len, table.run), default=0), table.attrs['digits']
+            width = max(map(len, table.run), default=0)
+            digits = max((len(f'{h:.9f}'.rstrip('0').split('.')[1]) for h in table.hours), default=1)
             for row in table.itertuples(): print(f'  {row.state:6} {row.run:{width}} {row.hours:12,.{digits}f}')
             print(f"  total  {'':{width}} {table.hours.sum():12,.{digits}f} {unit} hours of training: an estimate, at {a.tflops or TFLOPS[unit]:g} x 10^12 operations a second (--tflops)")
             for j in jobs: print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))

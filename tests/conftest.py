@@ -47,7 +47,7 @@ def check(notebook, **given):
     names = {}
     for cell in code_cells(notebook):
         exec(compile(cell.source, notebook.name, 'exec'), names)
-        if tagged([cell]): names.update(dict(profile='smoke'), **given)
+        if tagged([cell]): names.update({'profile': 'smoke'} if 'profile' in names else {}, **given)
         if 'check_parameters(' in cell.source: return names['P']
 
 

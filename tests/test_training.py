@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from conftest import ROOT, processes
@@ -187,6 +189,9 @@ def test_help_names_every_setting(capsys):
     ('--batch many', '--batch'),
     ('--lr nan', 'a finite number of 0 or more'),
     ('--amp fp8', 'bf16, fp16'),
+    ('--accumulate 0', 'a whole number of 1 or more'),
+    ('--accumulate 3', '16 images a step do not divide into 1 processes x 3 micro-batches'),
+    ('--compile maybe', 'true'),
     ('--small-input maybe', 'true'),
     ('--device tpu9', "device 'tpu9' cannot be used"),
     ('--method pcl --set tau', "'tau' is not name=value"),
@@ -254,8 +259,70 @@ def test_diverging_run_ends_with_one_line(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--lr', '1e6', '--out', tmp_path, '--quiet'],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
-    assert 'in epoch 1' in done.stderr and 'Try a lower learning rate' in done.stderr
+    assert 'not finite in epoch 1, step ' in done.stderr and 'Try a lower learning rate' in done.stderr
     assert not (tmp_path/'run.json').exists()
+
+
+@pytest.mark.parametrize('looks', [1, 50])
+@pytest.mark.parametrize('spoilt, said', [('loss', 'loss_ce is not finite in epoch 2, step 3 of 4'), ('weights', 'weights are not finite in epoch 2, step 4 of 4')])
+def test_first_bad_step_is_named_and_the_checkpoint_before_it_kept(tmp_path, monkeypatch, looks, spoilt, said):
+    "Whether each step is looked at, as on a CPU, or only some are, as on a GPU."
+    step, calls = training.train_step, []
+    def spoil(model, *args):
+        logits, items = step(model, *args)
+        calls.append(1)
+        if spoilt == 'loss' and len(calls) == 4 + 3: items['ce'] += float('nan')
+        if spoilt == 'weights' and len(calls) == 4 + 4: next(model.parameters()).data[0] = float('inf')
+        return logits, items
+    monkeypatch.setattr(training, 'train_step', spoil)
+    monkeypatch.setattr(training, 'LOOK_EVERY', dict(cpu=looks))
+    checkpoint = tmp_path/'checkpoint.pt'
+    with pytest.raises(FloatingPointError, match=said): training.fit(replace(QUICK, epochs=3), checkpoint=checkpoint, progress=False)
+    assert len(calls) == (7 if spoilt == 'loss' and looks == 1 else 8)
+    state = torch.load(checkpoint, weights_only=True)
+    assert state['epoch'] == 1 and all(torch.isfinite(v).all() for v in state['model'].values())
+
+
+@pytest.mark.parametrize('name, options', [('pcl', {}), ('acol', {}), ('adl', dict(stage='stage3+stage4', drop_rate=.5))])
+def test_compiled_blocks_see_what_hooks_do(monkeypatch, name, options):
+    "Maps that hooks read or change are outside of what is compiled: the gradient is the same to the last bit, and nothing stays behind."
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    method, calls = methods.get_method(name, **options), []
+    def gradient(compiled):
+        torch.manual_seed(0)
+        model = method.prepare(models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side)).double()
+        x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+        with training._compiled(model, compiled):
+            for _ in range(2): training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x, y)
+            calls.append(sum('forward' in vars(m) for m in model.modules()))
+        assert not any('forward' in vars(m) for m in model.modules())
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.equal(gradient(False), gradient(True)) and calls[0] == 0 and calls[1] >= 3
+
+
+def test_network_that_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
+    "What the compiler says, and the way out."
+    torch._dynamo.reset()
+    def broken(graph, inputs): raise OSError('no compiler on this machine')
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=broken))
+    with pytest.raises(core.InputError, match='cannot be compiled here.*no compiler on this machine.*train without compile') as e: training.fit(replace(QUICK, compile=True), device='cpu', progress=False)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('accumulate', [2, 4])
+def test_micro_batches_add_up_to_the_batch(accumulate):
+    "With fixed batch statistics the gradient and the items are those of the whole batch; CPC is one of each micro-batch."
+    x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.arange(8) % 5
+    def step(name, parts):
+        method = methods.get_method(name)
+        torch.manual_seed(0)
+        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side).double().eval()
+        logits, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x, y, accumulate=parts)
+        return logits, torch.cat([p.grad.flatten() for p in model.parameters()]), items
+    for whole, parts in zip(step('ipc', 1), step('ipc', accumulate)): torch.testing.assert_close(parts, whole)
+    whole, parts = step('pcl', 1)[2], step('pcl', accumulate)[2]
+    torch.testing.assert_close(parts['ipc'], whole['ipc']); assert abs(parts['cpc'] - whole['cpc']) > 1e-3*whole['cpc']
 
 
 def test_another_recipe_gets_another_run(store):

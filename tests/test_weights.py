@@ -1,0 +1,184 @@
+"""Public weights: files of the same form as the real ones, served on the loopback address."""
+import hashlib
+import os
+import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from conftest import NBS, papermill, printed
+from pcl_nb import core, models, training
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    "Serves a folder; a name that begins with `short-` promises more than it sends."
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "An empty folder that is served, and an empty cache; what is asked for goes there."
+    served, cache = tmp_path/'served', tmp_path/'cache'
+    served.mkdir()
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=served)) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        monkeypatch.setenv('PCL_NB_WEIGHTS_URL', f'http://127.0.0.1:{s.server_port}')
+        monkeypatch.setenv('PCL_NB_WEIGHTS', str(cache))
+        yield served, cache
+        s.shutdown()
+
+
+def vouch(cache, path):
+    "Say that a served file is trusted."
+    cache.mkdir(exist_ok=True)
+    with open(cache/'SHA256SUMS', 'a') as f: f.write(f'{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n')
+
+
+def csail(path, arch='resnet18', zipped=False):
+    "A checkpoint as CSAIL's: parallel names, other entries beside the weights, the format before zip files."
+    torch.manual_seed(1)
+    net = getattr(torchvision.models, arch)(num_classes=365)
+    state = {f'module.{k}': v for k, v in net.state_dict().items() if 'num_batches_tracked' not in k}
+    torch.save(dict(epoch=90, arch=arch, state_dict=state, best_prec1=np.float64(54.7)), path, _use_new_zipfile_serialization=zipped)
+    return net.eval()
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_places365_weights_are_fetched_once_and_fit(server, zipped):
+    "Features and logits are those of the published network; a second time nothing is fetched."
+    served, cache = server
+    net = csail(served/'resnet18_places365.pth.tar', zipped=zipped)
+    vouch(cache, served/'resnet18_places365.pth.tar')
+    model = models.create_model('resnet18', 365, weights='places365').eval()
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(model(x), net(x))
+    (served/'resnet18_places365.pth.tar').unlink()
+    torch.testing.assert_close(models.create_model('resnet18', 365, weights='places365').eval()(x), net(x))
+    assert sorted(p.name for p in cache.iterdir()) == ['SHA256SUMS', 'resnet18_places365.pth.tar']
+
+
+def test_strings_of_python_2_are_read(server):
+    "Protocol 2 with byte strings, as Python 2 wrote names."
+    served, cache = server
+    csail(served/'resnet18_places365.pth.tar')
+    raw = (served/'resnet18_places365.pth.tar').read_bytes()
+    text = b'resnet18'
+    unicode, binary = b'X' + len(text).to_bytes(4, 'little') + text, b'U' + bytes([len(text)]) + text
+    assert raw.count(unicode) == 1
+    (served/'resnet18_places365.pth.tar').write_bytes(raw.replace(unicode, binary))
+    vouch(cache, served/'resnet18_places365.pth.tar')
+    assert len(models.public_state('places365', 'resnet18')) == 102
+
+
+def test_a_file_nobody_vouches_for_is_refused_until_somebody_does(server):
+    "The message is the line to add."
+    served, cache = server
+    csail(served/'resnet18_places365.pth.tar')
+    with pytest.raises(core.InputError, match='nobody vouches') as raised: models.create_model('resnet18', 365, weights='places365')
+    line = str(raised.value).split("add the line '")[1].split("'")[0]
+    (cache/'SHA256SUMS').write_text(line + '\n')
+    assert models.create_model('resnet18', 365, weights='places365').num_classes == 365
+    (cache/'resnet18_places365.pth.tar').write_bytes(b'something else')
+    with pytest.raises(core.InputError, match='should have'): models.create_model('resnet18', 365, weights='places365')
+
+
+def imagenet(served, arch, monkeypatch, change=lambda state: state):
+    "torchvision's file of an architecture, its name with the right beginning of the hash."
+    torch.manual_seed(1)
+    net = getattr(torchvision.models, arch)()
+    torch.save(change(net.state_dict()), served/'x')
+    name = f"{arch}-{hashlib.sha256((served/'x').read_bytes()).hexdigest()[:8]}.pth"
+    (served/'x').rename(served/name)
+    monkeypatch.setitem(models.PUBLIC['imagenet'].files, arch, name)
+    return net.eval()
+
+
+def test_imagenet_weights_fit_all_five(server, monkeypatch):
+    "DenseNet's file has names of an older release."
+    def older(state): return {k.replace('.norm1.', '.norm.1.').replace('.norm2.', '.norm.2.').replace('.conv1.', '.conv.1.').replace('.conv2.', '.conv.2.') if 'denselayer' in k else k: v for k, v in state.items()}
+    x = torch.randn(1, 3, 64, 64)
+    for arch in models.ARCHS:
+        net = imagenet(server[0], arch, monkeypatch, older if arch == 'densenet121' else lambda s: s)
+        torch.testing.assert_close(models.create_model(arch, 1000, weights='imagenet').eval()(x), net(x))
+    assert models.create_model('resnet18', 7, weights='imagenet', side=True)(x).shape == (1, 7)      # other classes: heads that start anew
+
+
+def test_wrong_hash_or_half_a_file_leaves_nothing(server, monkeypatch):
+    "Neither the file nor a part of it stays."
+    served, cache = server
+    imagenet(served, 'resnet18', monkeypatch)
+    file = served/models.PUBLIC['imagenet'].files['resnet18']
+    file.write_bytes(file.read_bytes()[:-1] + b'?')
+    with pytest.raises(core.InputError, match='it was not kept'): models.create_model('resnet18', 1000, weights='imagenet')
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(Quiet, 'copyfile', lambda self, source, out: out.write(source.read(1000)))
+    with pytest.raises(core.InputError, match='ended after 1000 of'): models.create_model('resnet18', 1000, weights='imagenet')
+    assert list(cache.iterdir()) == []
+
+
+class Evil:
+    "Pickled, it would write a file."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.system, (f'touch {self.path}',)
+
+
+@pytest.mark.parametrize('make', [lambda o, f: torch.save(o, f), lambda o, f: torch.save(o, f, _use_new_zipfile_serialization=False), lambda o, f: f.write_bytes(pickle.dumps(o))], ids=['zip', 'legacy', 'pickle'])
+def test_code_in_a_file_is_not_run(server, tmp_path, make):
+    "Even vouched for, a file that is more than weights is refused in one line."
+    served, cache = server
+    make(dict(state_dict=Evil(tmp_path/'pwned')), served/'resnet18_places365.pth.tar')
+    vouch(cache, served/'resnet18_places365.pth.tar')
+    with pytest.raises(core.InputError, match='is refused') as raised: models.create_model('resnet18', 365, weights='places365')
+    assert '\n' not in str(raised.value) and not (tmp_path/'pwned').exists()
+
+
+@pytest.mark.parametrize('given, named', [
+    (dict(arch='densenet121', weights='places365'), 'there are of resnet18, resnet50'),
+    (dict(arch='resnet18', weights='imagenet', width=.5), 'give width 1'),
+    (dict(arch='resnet18', weights='nowhere.pt'), 'give imagenet, places365'),
+    (dict(arch='resnet18', weights='imagenet'), 'place the file as'),
+])
+def test_what_is_not_there_is_said_in_one_line(server, given, named):
+    "Nothing is served: the message says which file belongs where."
+    with pytest.raises(core.InputError) as raised: models.create_model(num_classes=365, **given)
+    assert named in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_a_published_network_is_a_run_of_no_epochs(server, monkeypatch):
+    "Stored like any other, with the statistics that the weights expect; no data is asked for."
+    net = imagenet(server[0], 'resnet18', monkeypatch)
+    recipe = training.recipe_for('public', data='folder:not there', weights='imagenet')
+    fitted = training.run(recipe, progress=False)
+    assert fitted.stats == models.PUBLIC['imagenet'].stats and len(fitted.classes) == 1000
+    for p in server[1].iterdir(): p.unlink()
+    again = training.run(recipe, progress=False).model.net.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items())
+
+
+def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
+    "Validation images alone; an architecture that nobody trained on scenes is drawn without them."
+    served, cache = server
+    csail(served/'resnet18_places365.pth.tar'); vouch(cache, served/'resnet18_places365.pth.tar')
+    for arch in ('resnet18', 'shufflenet_v2_x1_5'):
+        path = served/models.PUBLIC['imagenet'].files[arch]       # the real name with other weights: trusted by its line, not by its name
+        torch.save(getattr(torchvision.models, arch)().state_dict(), path); vouch(cache, path)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        path = tmp_path/'photos'/'val'/'coast'/f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (80, 90, 3), np.uint8)).save(path)
+    run = dict(profile='public', scenes=f"folder:{tmp_path/'photos'}", arch='resnet18,shufflenet_v2_x1_5', size=64, images=4, bootstrap=4)
+    done = papermill(NBS/'erf.ipynb', tmp_path, figures='7', **run)
+    assert done.returncode and 'profile public has the networks init, objects, scenes' in done.stderr
+    done = papermill(NBS/'erf.ipynb', tmp_path, figures='5,6', **run)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'shufflenet_v2_x1_5: nobody publishes a network for scenes' in printed(tmp_path/'executed.ipynb')
+    table = pd.read_csv(tmp_path/'figures'/'public'/'fig6.csv')
+    assert table.groupby('arch').network.unique().map(set).to_dict() == {'resnet18': {'init', 'objects', 'scenes'}, 'shufflenet_v2_x1_5': {'init', 'objects'}}
