@@ -276,11 +276,12 @@ def estimate(
     unit:str,              # 'core' or 'GPU': what trains one run
     tflops:float=0.        # what it does in a second, in 10^12 operations; 0: as in `TFLOPS`
 ) -> pd.DataFrame:  # a row a run: state, run, hours; the hours rounded, so that they add up
-    "How long training takes; what is stored takes nothing."
+    "How long training takes, with `attrs['digits']` behind the point; what is stored takes nothing."
     rate = 3600e12*(tflops or TFLOPS[choose(unit, TFLOPS, 'unit')])
     found = pd.DataFrame([dict(state='stored' if is_trained(r) else 'train', run=title(r), hours=0. if is_trained(r) else cost(r)/rate) for r in recipes], columns=['state', 'run', 'hours'])
     middle = found.hours[found.hours > 0].median()
-    return found.assign(hours=found.hours.round(1 if not middle > 0 else max(1, 1 - math.floor(math.log10(middle)))))
+    found.attrs['digits'] = max(1, 2 - math.floor(math.log10(middle))) if middle > 0 else 1
+    return found.round(found.attrs['digits'])
 
 
 # %% ../nbs/12_reproduce.ipynb #6615a7da
@@ -331,8 +332,7 @@ def main(
             table = estimate({r.key: r for j in jobs for r in recipes_of(j).values()}.values(), unit, a.tflops)
         print(f"{len(jobs)} notebooks, {len(table)} networks, {(table.state == 'train').sum()} to be trained (about {table.hours.sum():,.4g} {unit} hours)")
         if a.dry_run:
-            width = max(map(len, table.run), default=0)
-            digits = max((len(f'{h:.9f}'.rstrip('0').split('.')[1]) for h in table.hours), default=1)
+            width, digits = max(map(len, table.run), default=0), table.attrs['digits']
             for row in table.itertuples(): print(f'  {row.state:6} {row.run:{width}} {row.hours:12,.{digits}f}')
             print(f"  total  {'':{width}} {table.hours.sum():12,.{digits}f} {unit} hours of training: an estimate, at {a.tflops or TFLOPS[unit]:g} x 10^12 operations a second (--tflops)")
             for j in jobs: print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))
