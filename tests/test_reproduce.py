@@ -29,7 +29,7 @@ def test_dry_run_trains_and_writes_nothing(tmp_path):
     "It names the runs and the notebooks."
     done = command(tmp_path, '--profile', 'smoke', '--dry-run')
     assert done.returncode == 0, done.stderr
-    assert 'train resnet50' in done.stdout and 'run   erf' in done.stdout and 'fig5 fig6' in done.stdout
+    assert 'train  resnet50' in done.stdout and 'run    erf' in done.stdout and 'fig5 fig6' in done.stdout
     assert contents(tmp_path) == {}
 
 
