@@ -270,6 +270,7 @@ class Panel:
         self.target.options = [('prediction', -1), *((str(c).replace('_', ' '), i) for i, c in enumerate(classes))]
         self._rows = {k: dict(head=W.HTML(), **{n: W.Image(layout=W.Layout(width=PX, height=PX, margin='2px 6px 2px 2px')) for n in SEEN[1:]},
             **{n: W.HTML(layout=W.Layout(width=PX, margin='0 6px 0 2px')) for n in ('before', 'after')}) for k in keys}
+        for n, w in ((n, w) for r in self._rows.values() for n, w in r.items()): w.add_class('pcl-' + n.replace(' ', '-'))
         self.rows.children = [c for r in self._rows.values() for c in (r['head'], W.HBox([w for n, w in r.items() if n != 'head']))]
         self._image()
 

@@ -337,7 +337,7 @@ def impact_panel(
     return fig
 
 def explored(
-    rows:list   # dicts: network, note; image, CAM, focus area, erased, impact map: (H,W,3) in [0,1]; histogram (bins,); before, after: [(class, share)]
+    rows:list   # dicts: network, note, truth if known; image, CAM, focus area, erased, impact map: (H,W,3) in [0,1]; histogram (bins,); before, after: [(class, share)]
 ) -> Figure:
     "One image as several networks see it, a row a network."
     with plt.rc_context(_STYLE):
@@ -346,7 +346,7 @@ def explored(
             for ax, name in zip(line, SEEN):
                 ax.imshow(r[name], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
                 if i == 0: ax.set_title(name)
-            line[0].set_ylabel(r['network']); line[SEEN.index('focus area')].set_xlabel(r['note'])
+            line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' ')); line[SEEN.index('focus area')].set_xlabel(r['note'])
             impact_lines(line[-3], {r['network']: r['histogram']})
             for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
                 labels, shares = zip(*r[name])
