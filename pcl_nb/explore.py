@@ -276,8 +276,8 @@ class Panel:
 
     def _image(self):
         "Another image, stage or target class: everything."
-        source, stage, target = self._chosen()
         for w, kind in ((self.number, 'validation set'), (self.file, 'files'), (self.upload, 'upload')): w.layout.display = None if self.kind.value == kind else 'none'
+        source, stage, target = self._chosen()
         seen = self._seen()
         found = {k: self.views.before(k, source, stage, target) for k in seen}
         self.image.value = png(found[seen[0]]['image'])
