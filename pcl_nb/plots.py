@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6', 'FIG7', 'FIG8', 'FIG9', 'FIG1', 'FIG2', 'FIG3',
-           'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'impact_maps', 'histograms_by_data', 'histograms_by_method',
+           'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'SEEN', 'impact_maps', 'histograms_by_data', 'histograms_by_method',
            'histograms_by_loss', 'histograms_s4', 'focus_by_scheme', 'focus_by_network', 'evidence_by_rule',
            'image_groups', 'activity_against_erf', 'accuracy_against_focus', 'speed_ratios', 'verdict_matrix',
-           'open_choices']
+           'open_choices', 'impact_lines', 'impact_panel', 'explored']
 
 # %% ../nbs/10_plots.ipynb #e2e24812
 import matplotlib.pyplot as plt
@@ -313,4 +313,45 @@ def open_choices(
             ax.set_yticks(range(len(rows)), [f'{r.choice} {r.about}: {r.alternative}' for r in rows.itertuples()], size=6.5)
             for label, bold in zip(ax.get_yticklabels(), first): label.set_fontweight('bold' if bold else 'normal')
             ax.set_title(f'{claim}: {compared}', loc='left'); ax.tick_params(length=2); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
+    return fig
+
+# %% ../nbs/10_plots.ipynb #62baea07
+SEEN = 'image', 'CAM', 'focus area', 'erased', 'impact map'
+
+def impact_lines(
+    ax,                # axes to draw in
+    histograms:dict,   # label -> (bins,) counts
+    drop:int=10        # lowest bins left out
+):
+    "Histograms of impact maps, a line a network."
+    for (label, counts), colour in zip(histograms.items(), (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)): ax.plot(np.arange(drop, len(counts)), counts[drop:], color=colour, lw=1.2, label=label)
+    ax.set(xlim=(drop, len(counts)), xlabel='bin of normalised impact', ylabel='pixels'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
+
+def impact_panel(
+    histograms:dict   # label -> (bins,) counts
+) -> Figure:
+    "Histograms of one image's impact maps; the upper 90 of 100 bins."
+    with plt.rc_context(_STYLE):
+        fig, ax = plt.subplots(figsize=(3.4, 1.9))
+        impact_lines(ax, histograms); ax.legend()
+    return fig
+
+def explored(
+    rows:list   # dicts: network, note, truth if known; image, CAM, focus area, erased, impact map: (H,W,3) in [0,1]; histogram (bins,); before, after: [(class, share)]
+) -> Figure:
+    "One image as several networks see it, a row a network."
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(len(rows), len(SEEN) + 3, figsize=(1.35*(len(SEEN) + 3) + 2.4, 1.6*len(rows) + .2), squeeze=False, width_ratios=[1]*len(SEEN) + [1.25]*3)
+        for i, (line, r) in enumerate(zip(axes, rows)):
+            for ax, name in zip(line, SEEN):
+                ax.imshow(r[name], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+                if i == 0: ax.set_title(name)
+            line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' ')); line[SEEN.index('focus area')].set_xlabel(r['note'])
+            impact_lines(line[-3], {r['network']: r['histogram']})
+            for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
+                labels, shares = zip(*r[name])
+                ax.barh(range(len(labels)), shares, color=colour, height=.7, alpha=.45)
+                for y, label in enumerate(labels): ax.text(.02, y, str(label).replace('_', ' '), va='center', size=7)
+                ax.set(xlim=(0, 1), yticks=[]); ax.invert_yaxis(); ax.tick_params(length=2)
+                if i == 0: ax.set_title(f'{name} erasing')
     return fig
