@@ -21,7 +21,7 @@ from conftest import NBS, ROOT, tagged
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed'),
-              pytest.mark.skipif(not os.environ.get('PCL_NB_BROWSER'), reason='the slider does not always reach the picture in time: PCL_NB_BROWSER=1 runs it')]
+              pytest.mark.skipif(not os.environ.get('PCL_NB_BROWSER'), reason='fails: the picture does not follow the slider within 20 s; PCL_NB_BROWSER=1 runs it')]
 
 TOKEN = 'a-test'
 QUIET = {  # no news from outside, no question about the kernel; every cell in the page, also those out of sight
