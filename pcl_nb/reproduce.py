@@ -218,7 +218,7 @@ def gallery(
         if not there: continue
         text += [f'## Profile `{profile}`', '', *_markdown(verdict_matrix(said)), '']
         for e in there:
-            text += [f"### {_title(e['id'])}: {e['caption'][0].lower() + e['caption'][1:]}", '', f"`{e['command']} -p profile {profile}`", '', f"The paper: {e['paper']}", '']
+            text += [f"### {_title(e['id'])}: {e['caption'][0].lower() + e['caption'][1:] if e['caption'].split()[0][1:].islower() else e['caption']}", '', f"`{e['command']} -p profile {profile}`", '', f"The paper: {e['paper']}", '']
             ours = said[said.figure.fillna('').str.split(r',\s*').apply(lambda f: e['id'] in f or (e['id'] == 'relu' and 'relu_activity' in f))]
             if len(ours): text += ['Ours: ' + '; '.join(f"{c} " + ', '.join(f"{TITLES.get(r.arch, 'all')} {r.verdict}" for r in t.itertuples()) for c, t in ours.groupby('claim', sort=False)) + '.', '']
             for p in e['pictures']: text += [f"![{e['caption']}]({Path(folder).name}/{p}.png)", '']
