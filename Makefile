@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help figures figures-all test lab readme check clean
+.PHONY: help figures figures-all test lab docs readme check clean
 .NOTPARALLEL:  # the targets use every core themselves
 
 help:  ## this list
@@ -25,6 +25,9 @@ test: $(READY)  ## run the chapters and the index as tests, then pytest
 
 lab: $(READY)  ## open JupyterLab in nbs
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --FileContentsManager.preferred_dir=nbs
+
+docs: $(READY)  ## the notebooks as a site with search, in _docs; open _docs/index.html
+	$(BIN)/python tools/docs.py
 
 readme: $(READY)  ## render nbs/index.ipynb as README.md
 	$(BIN)/python tools/readme.py
