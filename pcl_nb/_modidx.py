@@ -303,6 +303,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                'pcl_nb.models._download': ('models.html#_download', 'pcl_nb/models.py'),
                                'pcl_nb.models._expected': ('models.html#_expected', 'pcl_nb/models.py'),
                                'pcl_nb.models._fill': ('models.html#_fill', 'pcl_nb/models.py'),
+                               'pcl_nb.models._fold': ('models.html#_fold', 'pcl_nb/models.py'),
                                'pcl_nb.models._foldable': ('models.html#_foldable', 'pcl_nb/models.py'),
                                'pcl_nb.models._hooked': ('models.html#_hooked', 'pcl_nb/models.py'),
                                'pcl_nb.models._names': ('models.html#_names', 'pcl_nb/models.py'),

@@ -7,7 +7,7 @@ __all__ = ['RELU', 'ARCHS', 'TITLES', 'PUBLIC', 'PART', 'submodule', 'StagedClas
            'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'folded', 'parts']
 
 # %% ../nbs/02_models.ipynb #03e27a16
-import contextlib, hashlib, http.client, os, re, urllib.request, warnings
+import contextlib, hashlib, http.client, os, re, urllib.request, warnings, weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
 from tqdm import tqdm
 
@@ -393,6 +392,17 @@ def _foldable(model):
         model._pairs = pairs if alone else []
     return [(model.net.get_submodule(c), model.net.get_submodule(n)) for c, n in model._pairs]
 
+_ROOM = weakref.WeakKeyDictionary()     # convolution -> where its folded weight goes: new memory costs more than the folding
+
+def _fold(conv, norm):
+    "Weight and bias of a convolution and the norm behind it; the weight lives until the next time."
+    scale = torch.rsqrt(norm.running_var + norm.eps)*(1 if norm.weight is None else norm.weight)
+    shift = (-norm.running_mean if conv.bias is None else conv.bias - norm.running_mean)*scale
+    room = _ROOM.get(conv)
+    if room is None or room.shape != conv.weight.shape or room.dtype != conv.weight.dtype or room.device != conv.weight.device:
+        room = _ROOM[conv] = torch.empty_like(conv.weight, memory_format=memory_format(conv))
+    return torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=room), shift if norm.bias is None else shift + norm.bias
+
 @contextlib.contextmanager
 def folded(
     model:StagedClassifier
@@ -401,12 +411,11 @@ def folded(
     with frozen(model):
         pairs = _foldable(model)
         before = [(conv, conv.weight, conv.bias, norm) for conv, norm in pairs]
+        if any(norm.forward is _same for _, norm in pairs): yield model; return       # inside of another one
         try:
             with torch.no_grad():
                 for conv, norm in pairs:
-                    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                    conv.weight = nn.Parameter(weight.contiguous(memory_format=memory_format(conv)), requires_grad=False)
-                    conv.bias = nn.Parameter(bias, requires_grad=False)
+                    conv.weight, conv.bias = (nn.Parameter(p, requires_grad=False) for p in _fold(conv, norm))
                     norm.forward = _same
             yield model
         finally:
@@ -417,10 +426,11 @@ def folded(
 def _same(x): return x
 
 # %% ../nbs/02_models.ipynb #8fe3cd69
-PART = 400_000     # input pixels
+PART = 500_000     # input pixels
 
 def parts(
     images:Tensor  # (B,3,H,W)
 ) -> tuple:  # of (b,3,H,W)
-    "The batch in the portions that its device computes fastest."
-    return images.split(max(1, PART//(images.shape[-2]*images.shape[-1]))) if images.device.type == 'cpu' else (images,)
+    "The batch in the equal portions that its device computes fastest."
+    pixels = images[:, 0].numel()
+    return images.tensor_split(min(len(images), -(-pixels//PART))) if images.device.type == 'cpu' and pixels > PART else (images,)
