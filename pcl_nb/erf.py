@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .core import choose, generator, require, usable_device
 from .data import batches, fingerprint
-from .models import RELU, StagedClassifier, folded, frozen, memory_format, parts
+from .models import RELU, StagedClassifier, folded, frozen, memory_format, parts, untouched
 from .runs import random_batches, stored, val_images
 
 # %% ../nbs/09_erf.ipynb #5ef5cdb5
@@ -51,11 +51,13 @@ def _light_stem(model):
     "Inside, a large strided first convolution hands its gradient back as above; elsewhere nothing is gained."
     stem = next((m for m in model.net.modules() if isinstance(m, nn.Conv2d)), None)
     light = type(stem) is nn.Conv2d and stem.in_channels <= 4 and stem.groups == 1 and stem.kernel_size in ((5, 5), (7, 7), (11, 11)) and stem.stride[0] == stem.stride[1] > 1 \
-        and stem.dilation == (1, 1) and stem.padding_mode == 'zeros' and not isinstance(stem.padding, str) and stem.padding[0] == stem.padding[1] and 'forward' not in vars(stem)
+        and stem.dilation == (1, 1) and stem.padding_mode == 'zeros' and not isinstance(stem.padding, str) and stem.padding[0] == stem.padding[1] and untouched(stem)
+    before = vars(stem).get('forward') if light else None
     if light: stem.forward = lambda x: _Stem.apply(x, stem.weight, stem.bias, stem.stride[0], stem.padding[0])
     try: yield
     finally:
-        if light: del stem.forward
+        if before: stem.forward = before
+        elif light: del stem.forward
 
 # %% ../nbs/09_erf.ipynb #09276a10
 CENTERS = 'floor', 'mean4'

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RELU', 'ARCHS', 'TITLES', 'PUBLIC', 'PART', 'submodule', 'StagedClassifier', 'frozen', 'memory_format', 'Published',
-           'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'folded', 'parts']
+           'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'untouched', 'folded', 'parts']
 
 # %% ../nbs/02_models.ipynb #03e27a16
 import contextlib, hashlib, http.client, os, re, urllib.request, warnings, weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -383,7 +384,7 @@ def _watched(net, x, convs, norms, blind):
 def _foldable(model):
     "Names of (convolution, batch norm) pairs of which the second can be taken into the first; found once a network."
     if not hasattr(model, '_pairs'):
-        def plain(kind): return {n: m for n, m in model.net.named_modules() if type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks)}
+        def plain(kind): return {n: m for n, m in model.net.named_modules() if type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))}
         convs, norms = plain(nn.Conv2d), {n: m for n, m in plain(nn.BatchNorm2d).items() if m.track_running_stats}
         x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
         with torch.no_grad():
@@ -392,16 +393,50 @@ def _foldable(model):
         model._pairs = pairs if alone else []
     return [(model.net.get_submodule(c), model.net.get_submodule(n)) for c, n in model._pairs]
 
-_ROOM = weakref.WeakKeyDictionary()     # convolution -> where its folded weight goes: new memory costs more than the folding
+class _Fold:
+    "Weight and bias of a convolution and the norm behind it, and the weight as the CPU wants it laid out."
+    def __init__(self, conv, norm):
+        self.seen = self._state(conv, norm)
+        scale = torch.rsqrt(norm.running_var + norm.eps)*(1 if norm.weight is None else norm.weight)
+        shift = (-norm.running_mean if conv.bias is None else conv.bias - norm.running_mean)*scale
+        self.weight = nn.Parameter((conv.weight*scale.view(-1, 1, 1, 1)).contiguous(memory_format=memory_format(conv)), requires_grad=False)
+        self.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias, requires_grad=False)
+        self.laid_out = None
+        self.how = conv.padding, conv.stride, conv.dilation, conv.groups
+        self.fits = conv.weight.device.type == 'cpu' and conv.weight.dtype == torch.float32 and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str) \
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+
+    @staticmethod
+    def _state(conv, norm):
+        "What the fold was made from: the small tensors themselves, of the weight its address, version and sum."
+        small = [t.detach().clone() for t in (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+        return (conv.weight.data_ptr(), _version(conv.weight), conv.weight.dtype, norm.eps, conv.weight.sum().item()), small
+
+    def holds(self, conv, norm):
+        (of, small), (was, before) = self._state(conv, norm), self.seen
+        return of == was and len(small) == len(before) and all(map(torch.equal, small, before))
+
+    def __call__(self, conv, x):
+        "The convolution; without gradients, with the weight laid out once and not at every call."
+        if not self.fits or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
+            return conv._conv_forward(x, conv.weight, conv.bias)
+        if self.laid_out is None: self.laid_out = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.how, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self.laid_out, self.bias, *self.how, 'none', [], '')
+
+_FOLDS = weakref.WeakKeyDictionary()     # convolution -> its fold, kept on a CPU, where making it costs a twentieth of a pass
+
+def untouched(
+    module:nn.Module
+) -> bool:
+    "Whether its forward pass is its class's, folded or not."
+    own = vars(module).get('forward')
+    return own is None or isinstance(own, partial) and isinstance(own.func, _Fold)
 
 def _fold(conv, norm):
-    "Weight and bias of a convolution and the norm behind it; the weight lives until the next time."
-    scale = torch.rsqrt(norm.running_var + norm.eps)*(1 if norm.weight is None else norm.weight)
-    shift = (-norm.running_mean if conv.bias is None else conv.bias - norm.running_mean)*scale
-    room = _ROOM.get(conv)
-    if room is None or room.shape != conv.weight.shape or room.dtype != conv.weight.dtype or room.device != conv.weight.device:
-        room = _ROOM[conv] = torch.empty_like(conv.weight, memory_format=memory_format(conv))
-    return torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=room), shift if norm.bias is None else shift + norm.bias
+    "The fold of a pair; an earlier one if nothing has changed since."
+    if conv.weight.device.type != 'cpu': return _Fold(conv, norm)
+    if conv not in _FOLDS or not _FOLDS[conv].holds(conv, norm): _FOLDS[conv] = _Fold(conv, norm)
+    return _FOLDS[conv]
 
 @contextlib.contextmanager
 def folded(
@@ -415,13 +450,13 @@ def folded(
         try:
             with torch.no_grad():
                 for conv, norm in pairs:
-                    conv.weight, conv.bias = (nn.Parameter(p, requires_grad=False) for p in _fold(conv, norm))
-                    norm.forward = _same
+                    fold = _fold(conv, norm)
+                    conv.weight, conv.bias, conv.forward, norm.forward = fold.weight, fold.bias, partial(fold, conv), _same
             yield model
         finally:
             for conv, weight, bias, norm in before:
                 conv.weight, conv.bias = weight, bias
-                norm.__dict__.pop('forward', None)
+                for m in conv, norm: m.__dict__.pop('forward', None)
 
 def _same(x): return x
 
