@@ -270,7 +270,7 @@ def speed_ratios(
             ax.barh([f'{r.what}, {_title(r.arch)}' for r in rows.itertuples()], rows.times_as_fast, color=BLUE, height=.6)
             for y, v in enumerate(rows.times_as_fast): ax.text(v, y, f' {v:.2f}', va='center', size=7)
             ax.axvline(1, color=GREY, lw=.8, ls='--'); ax.invert_yaxis(); ax.tick_params(length=2)
-            ax.set_title('loading: times as fast as torchvision' if p == 'loading' else rows.against.iloc[0] + ' is so many times as fast as' + ''.join(p.partition(', ')[1:]), loc='left')
+            ax.set_title('loading: times as fast as torchvision' if p == 'loading' else rows.against.iloc[0] + ''.join(p.partition(', ')[1:]) + ': times as fast as', loc='left')
     return fig
 
 # %% ../nbs/10_plots.ipynb #d29b98e1
