@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
            'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of', 'integer',
-           'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'write_atomic',
-           'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table',
-           'save_table', 'gather_results']
+           'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'Progress',
+           'write_atomic', 'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result',
+           'markdown_table', 'save_table', 'gather_results']
 
 # %% ../nbs/00_core.ipynb #5429cafb
-import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, tempfile
+import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #6f062498
 class InputError(ValueError):
@@ -234,6 +235,22 @@ def check_parameters(
         try: checked[name] = checks[name](value)
         except InputError as e: raise InputError(f'parameter {name}: {e}') from None
     return checked
+
+# %% ../nbs/00_core.ipynb #b5c6fad6
+class Progress(tqdm):
+    "tqdm; in a notebook one line, updated in place and empty at the end unless it is to be left."
+    def __init__(self, *args, **kwargs):
+        shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+        self.line, self.live = None, type(shell).__name__ == 'ZMQInteractiveShell'
+        if self.live: kwargs['file'] = io.StringIO()
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if not self.live: return super().display(msg, pos)
+        from IPython.display import display
+        text = {'text/plain': str(self) if msg is None else msg}
+        if self.line is None: self.line = display(text, raw=True, display_id=True)
+        else: self.line.update(text, raw=True)
 
 # %% ../nbs/00_core.ipynb #ff1f0345
 def write_atomic(

@@ -30,9 +30,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, ImageNet, Places365
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
-from .core import InputError, choose, cores, digest, generator, require, resolve, root, to_json, write_atomic
+from .core import InputError, Progress, choose, cores, digest, generator, require, resolve, root, to_json, write_atomic
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -315,7 +314,7 @@ def load_folder(
     files, labels, classes = folder_files(path, split, n)
     if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
     with ThreadPoolExecutor(cores()) as pool:
-        bar = tqdm(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False, disable=None if progress else True)
+        bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False, disable=None if progress else True)
         images = list(bar)
     if len({im.shape for im in images}) == 1: images = torch.stack(images)
     return ImageSet(images, torch.tensor(labels), classes)
@@ -913,7 +912,7 @@ def _pack_split(files, folder, split, edge, progress):
         need = left*np.mean([np.prod(_packed_size(files.open(i)[0], edge))*3 for i in even_sample(len(files), 50)])
         free = shutil.disk_usage(folder).free
         require(need < free, f'packing {split} needs about {need/1e9:.0f} GB more, {str(folder)!r} has {free/1e9:.0f} GB free; give another folder or a smaller edge')
-        with tqdm(desc=f'pack {split}', total=len(files), initial=len(sizes), unit=' images', disable=None if progress else True) as bar:
+        with Progress(desc=f'pack {split}', total=len(files), initial=len(sizes), unit=' images', disable=None if progress else True) as bar:
             for start in range(len(sizes), len(files), BLOCK):
                 images = list(pool.map(lambda i: _resized(files, i, edge), range(start, min(start + BLOCK, len(files)))))
                 for im in images: data.write(im.data)

@@ -13,9 +13,8 @@ import contextlib
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .core import choose, generator, require, usable_device
+from .core import Progress, choose, generator, require, usable_device
 from .data import batches, fingerprint
 from .models import RELU, StagedClassifier, folded, frozen, memory_format, parts, untouched
 from .runs import random_batches, stored, val_images
@@ -107,7 +106,7 @@ def impact_replicates(
     choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
     p, g = next(model.parameters()), generator('bootstrap', seed)
     total, weights = None, None
-    with folded(model), tqdm(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
+    with folded(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
         for x in _stream(images, batch_size):
             impact = _independent_impacts(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), stage, center, relu).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'PX', 'Network', 'image_files', 'Look', 'Erased', 'Explorer', 'colours', 'png', 'Views', 'bars', 'Panel']
 
 # %% ../nbs/13_explore.ipynb #d6ec36bc
-import html, io
+import html, io, threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,7 +76,7 @@ class Explorer:
         device=None      # default: the fastest there is
     ):
         require(networks, 'no networks: give at least one')
-        self.networks, self.images, self.device = dict(networks), images, usable_device(device)
+        self.networks, self.images, self.device, self.lock = dict(networks), images, usable_device(device), threading.RLock()
         self.groups = list(dict.fromkeys(group for group, _ in networks))
         for name in ('network', 'passed', 'look', 'impact'): setattr(self, name, lru_cache(64)(getattr(self, name)))   # of this explorer: they go when it goes
 
@@ -240,12 +240,13 @@ class Panel:
     def _ipython_display_(self): display(self.box)
 
     def _run(self, update):
-        "One update; what it sets itself starts no other."
-        if self._busy: return
-        self._busy, self.message.value = True, ''
-        try: update()
-        except InputError as e: self.message.value = f'<span style="color: #c44e52">{html.escape(str(e))}</span>'
-        finally: self._busy = False
+        "One update; what it sets itself starts no other. JupyterLab's messages may come in threads of their own: one after the other."
+        with self.explorer.lock:
+            if self._busy: return
+            self._busy, self.message.value = True, ''
+            try: update()
+            except InputError as e: self.message.value = f'<span style="color: #c44e52">{html.escape(str(e))}</span>'
+            finally: self._busy = False
 
     @property
     def source(self):

@@ -13,10 +13,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from .cam import class_activation_map, erasing_mask, normalize_map
-from .core import choose, digest, generator, require, usable_device
+from .core import Progress, choose, digest, generator, require, usable_device
 from .data import batches, evidence, fingerprint
 from .models import StagedClassifier, folded, memory_format, parts
 from .runs import stored, val_images
@@ -160,7 +159,7 @@ def coverage_table(
     _check_rule(rule, tau); choose(target, ('prediction', 'truth'), 'target')
     model.stage_head(stage)
     p, done, rows = next(model.parameters()), 0, []
-    with folded(model), tqdm(desc=f'focus area {rule}', unit=' images', disable=not progress, leave=False) as bar:
+    with folded(model), Progress(desc=f'focus area {rule}', unit=' images', disable=not progress, leave=False) as bar:
         for x, y in loader:
             truth = _check_target(y, len(x), model.num_classes, p.device) if target == 'truth' else None
             f = _focus(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, truth, 8)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
-from tqdm import tqdm
 
-from .core import InputError, choose, require
+from .core import InputError, Progress, choose, require
 
 # %% ../nbs/02_models.ipynb #7078faa7
 class _Reached(Exception):
@@ -265,7 +264,7 @@ def _download(url, path, progress=True):
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as f, tqdm(desc=path.name, total=int(answer.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True, disable=not progress, leave=False) as bar:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as f, Progress(desc=path.name, total=int(answer.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True, disable=not progress, leave=False) as bar:
             while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
             require(bar.total in (None, f.tell()), f'{url} ended after {f.tell()} of {bar.total} bytes; try again, or place the file as {path}')
         os.replace(part, path)

@@ -19,10 +19,9 @@ import pandas as pd
 import papermill
 import torch
 import yaml
-from tqdm import tqdm
 
 from .claims import in_order
-from .core import PROFILES, InputError, choose, cores, figures_dir, markdown_table, require, resolve, root, runs_dir, write_atomic
+from .core import PROFILES, InputError, Progress, choose, cores, figures_dir, markdown_table, require, resolve, root, runs_dir, write_atomic
 from .data import is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
@@ -156,7 +155,7 @@ def reproduce(
     for i, (job, n) in enumerate(zip(jobs, needs)):
         lacks = [failed[r.key] for r in n.values() if r.key in failed]
         if lacks: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=f'failed: {lacks[0]}')
-    bar = tqdm(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress, bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
+    bar = Progress(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress, bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     for last in (False, True):
         now = [i for i, job in enumerate(jobs) if job.last == last and i not in rows]
         if not now: continue

@@ -20,9 +20,8 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from .core import (PROFILES, InputError, choose, cores, digest, figures_dir, flag, generator, integer, list_of, one_of, or_profile, pairs, require,
+from .core import (PROFILES, InputError, Progress, choose, cores, digest, figures_dir, flag, generator, integer, list_of, one_of, or_profile, pairs, require,
     resolve, runs_dir, text, usable_device, write_atomic)
 from .data import ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
@@ -178,7 +177,7 @@ def train_all(
     folders = {k: runs_dir().resolve()/k for k in todo}
     for folder in folders.values(): folder.mkdir(parents=True, exist_ok=True)
     if here: workers = min(workers or (1 if torch.cuda.is_available() else cores()), len(todo))
-    bar = tqdm(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%', disable=not progress, mininterval=1, maxinterval=5,
+    bar = Progress(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%', disable=not progress, mininterval=1, maxinterval=5,
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     stop, failed, deaths = threading.Event(), {}, 0
 

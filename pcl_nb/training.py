@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .core import (InputError, PROFILES, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
+from .core import (InputError, PROFILES, Progress, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)
 from .data import DATA, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
@@ -361,7 +360,7 @@ def _reporter(progress, recipe, done, total):
         progress(done, total)
         yield tell
     else:
-        with tqdm(desc=f'{recipe.arch} {recipe.method} {recipe.data.split("/")[-1]}', total=total, initial=done, unit=' images', disable=not progress or not total, mininterval=1) as bar:
+        with Progress(desc=f'{recipe.arch} {recipe.method} {recipe.data.split("/")[-1]}', total=total, initial=done, unit=' images', disable=not progress or not total, mininterval=1) as bar:
             yield bar.update
 
 def _save(path, recipe, model, optimizer, scaler, epoch, metrics):

@@ -20,8 +20,7 @@ from conftest import NBS, ROOT, tagged
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed'),
-              pytest.mark.skipif(not os.environ.get('PCL_NB_BROWSER'), reason='fails: the picture does not follow the slider within 20 s; PCL_NB_BROWSER=1 runs it')]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed')]
 
 TOKEN = 'a-test'
 QUIET = {  # no news from outside, no question about the kernel; every cell in the page, also those out of sight
