@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_DATA', 'TFLOPS', 'manifest', 'Job', 'plan', 'notebook_path', 'recipes_of', 'missing_outputs', 'run_notebook',
-           'reproduce', 'verdicts', 'verdict_matrix', 'entries', 'gallery', 'report', 'estimate', 'main']
+           'up_to_date', 'reproduce', 'verdicts', 'verdict_matrix', 'entries', 'gallery', 'report', 'estimate', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #78b570da
-import argparse, ast, base64, contextlib, io, math, os, sys, time
+import argparse, ast, base64, contextlib, hashlib, io, json, math, os, sys, time
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from .claims import in_order
-from .core import PROFILES, InputError, Progress, choose, cores, figures_dir, markdown_table, require, resolve, root, runs_dir, write_atomic
-from .data import is_drawn, published_sizes
+from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, require, resolve, root, runs_dir, to_json, versions, write_atomic
+from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
 
@@ -138,6 +138,30 @@ def run_notebook(
     except Exception as e: state = f'failed: {type(e).__name__}: {e}'.splitlines()[0]       # a kernel that died, a full disk
     return dict(notebook=out.stem, figures=' '.join(job.figures), seconds=round(time.perf_counter() - started, 1), state=state)
 
+def _receipt(job, needs, folder):
+    "Where it is noted that a job is done: named after all that its results depend on, so that any change asks for another."
+    source = [c.source for c in nbformat.read(notebook_path(job.notebook), as_version=4).cells if c.cell_type == 'code']
+    code = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(sys.modules[InputError.__module__].__file__).parent.glob('*.py'))]
+    weights = {r.key: json.loads((runs_dir()/r.key/'run.json').read_text())['sha256'] for r in needs.values()}
+    data = [fingerprint(d, r.size, r.train, r.val, r.data_seed) for d, r in {d: r for r in needs.values() for d in (r.data, job.parameters.get('scenes', ''), job.parameters.get('objects', '')) if d and not is_drawn(d)}.items()]
+    return runs_dir()/'done'/f'{digest([source, code, weights, data, job.parameters, str(Path(folder).resolve()), versions()])}.json'
+
+def _sums(job, folder):
+    "What a job's results are now."
+    joint = {o.removesuffix(f'_{a}') for o in job.outputs for a in ARCHS}
+    files = sorted(f for o in joint.union(job.outputs) for f in Path(folder).glob(f'{o}.*'))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+def up_to_date(
+    job:Job,
+    needs:dict,   # name -> recipe, of `recipes_of`
+    folder        # where results are
+) -> bool:
+    "Whether the same job has been done and its results are still what it left behind."
+    if job.last or not all(map(is_trained, needs.values())): return False
+    try: return json.loads(_receipt(job, needs, folder).read_text()) == _sums(job, folder) != {}
+    except (OSError, ValueError, LookupError): return False
+
 def reproduce(
     jobs,            # of `plan`
     folder,          # where results go
@@ -155,13 +179,16 @@ def reproduce(
     for i, (job, n) in enumerate(zip(jobs, needs)):
         lacks = [failed[r.key] for r in n.values() if r.key in failed]
         if lacks: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=f'failed: {lacks[0]}')
+    for i, (job, n) in enumerate(zip(jobs, needs)):
+        if i not in rows and up_to_date(job, n, folder): rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state='up to date')
     bar = Progress(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress, bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     for last in (False, True):
         now = [i for i, job in enumerate(jobs) if job.last == last and i not in rows]
         if not now: continue
         at_once = (workers if engine in ('', 'local') else 0) or (1 if torch.cuda.is_available() else cores())
-        with pool(min(at_once, len(now))) as (at_once, _):
+        with pool(min(at_once, sum(job.last == last for job in jobs))) as (at_once, _):       # not len(now): the threads of a kernel are the command's, whatever is left to do
             for i, row in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(joblib.delayed(_numbered)(i, jobs[i], folder, runs_dir()/'executed') for i in now):
+                if row['state'] == 'done': write_atomic(_receipt(jobs[i], needs[i], folder), to_json(_sums(jobs[i], folder)).encode())
                 rows[i] = row; bar.set_postfix_str(f"{row['notebook']}: {row['state'][:40]}"); bar.update()
     bar.close()
     return pd.DataFrame([rows[i] for i in sorted(rows)])
@@ -346,7 +373,7 @@ def main(
     if a.html:
         write_atomic(Path(folder)/'report.html', report(folder, profile, runs_dir()/'executed').encode())
         print(Path(folder)/'report.html')
-    return 0 if (table.state == 'done').all() else 1
+    return 0 if table.state.isin(['done', 'up to date']).all() else 1
 
 # %% ../nbs/12_reproduce.ipynb #a37be88e
 #| eval: false

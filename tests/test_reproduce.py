@@ -85,6 +85,12 @@ def test_figures_are_made_once_and_a_report_is_written(tmp_path):
     assert again.returncode == 0 and ' 1 to be trained' in again.stdout
     assert [p for p in stored if p.stat().st_mtime_ns != stored[p]] == [gone]
     assert {n: b for n, b in contents(tmp_path/'figures').items() if n.endswith('.csv')} == first
+    states = dict(re.findall(r'^ *(qualitative|erf|claims)\S* .* (done|up to date)$', again.stdout, re.M))       # the same weights again: nothing else to do
+    assert states == dict(qualitative='up to date', erf='up to date', claims='done')
+    (tmp_path/'figures'/'smoke'/'fig6_resnet18.csv').write_text('meddled with\n')
+    mended = command(tmp_path, *asked)
+    assert re.search(r'^ *erf .* done$', mended.stdout, re.M) and re.search(r'^ *qualitative\S* .* up to date$', mended.stdout, re.M)
+    assert {n: b for n, b in contents(tmp_path/'figures').items() if n.endswith('.csv')} == first
 
 
 def test_a_failing_notebook_does_not_stop_the_others(tmp_path):
