@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help figures figures-all test lab docs readme check clean
+.PHONY: help figures figures-all test test-faults lab docs readme check clean
 .NOTPARALLEL:  # the targets use every core themselves
 
 help:  ## this list
@@ -22,6 +22,9 @@ figures-all: $(READY)  ## every figure and table, five architectures, three repe
 test: $(READY)  ## run the chapters and the index as tests, then pytest
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9])' --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest tests
+
+test-faults: $(READY)  ## kills, full disks, damaged files: nothing may be lost; a quarter of an hour
+	$(BIN)/python -m pytest tests/test_faults.py -m faults
 
 lab: $(READY)  ## open JupyterLab in nbs
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --FileContentsManager.preferred_dir=nbs

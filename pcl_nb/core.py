@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'InputError', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
            'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of', 'integer',
            'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'list_of', 'check_parameters', 'Progress',
-           'write_atomic', 'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result',
-           'markdown_table', 'save_table', 'gather_results']
+           'write_atomic', 'sealed', 'unsealed', 'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision',
+           'save_result', 'markdown_table', 'save_table', 'gather_results']
 
 # %% ../nbs/00_core.ipynb #5429cafb
 import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
@@ -269,6 +269,21 @@ def write_atomic(
     except BaseException:
         with contextlib.suppress(OSError): os.unlink(temporary)
         raise
+
+# %% ../nbs/00_core.ipynb #0b458970
+def sealed(
+    data:bytes
+) -> bytes:
+    "The data behind their SHA-256."
+    return hashlib.sha256(data).digest() + data
+
+def unsealed(
+    data:bytes  # of `sealed`; a zip archive from before there were seals is taken as it is
+) -> bytes:
+    "The data, if they are what was written; `ValueError` if not."
+    if data[:4] == b'PK\x03\x04': return data
+    if hashlib.sha256(data[32:]).digest() != data[:32]: raise ValueError('it is not what was written')
+    return data[32:]
 
 # %% ../nbs/00_core.ipynb #0cafb58c
 def jsonable(o):

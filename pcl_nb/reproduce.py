@@ -368,6 +368,7 @@ def main(
             return 0
         table = reproduce(jobs, folder, a.workers, a.device, not a.quiet, a.engine)
     except InputError as e: parser.error(str(e))
+    except OSError as e: print(f'error: {e.filename or folder}: {e.strerror or e}; the same command goes on where this one was', file=sys.stderr); return 1
     except KeyboardInterrupt: print('interrupted; the same command goes on where this one was', file=sys.stderr); return 130
     print(table.to_string(index=False))
     if a.html:

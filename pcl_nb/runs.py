@@ -8,7 +8,7 @@ __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'CHECKS', 'AS_PUBLIS
            'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
-import contextlib, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings, zipfile
+import contextlib, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import (PROFILES, InputError, Progress, choose, cores, digest, figures_dir, flag, generator, integer, list_of, one_of, or_profile, pairs, require,
-    resolve, runs_dir, text, usable_device, write_atomic)
+    resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
 from .models import ARCHS, _BUILD
@@ -227,13 +227,13 @@ def stored(
     path = runs_dir()/recipe.key/f'{name}-{digest(dict(settings, code=code))}.npz'
     if path.exists() and is_trained(recipe):
         try:
-            with np.load(path, allow_pickle=False) as f: return dict(f)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            with np.load(io.BytesIO(unsealed(path.read_bytes())), allow_pickle=False) as f: return dict(f)
+        except Exception as e:             # whatever a damaged archive leads to
             warnings.warn(f'{path.name} cannot be read ({e}); set aside as {set_aside(path).name} and measured again')
     arrays = {k: np.asarray(v) for k, v in measure(trained(recipe, device, progress)).items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, sealed(buffer.getvalue()))
     return arrays
 
 def val_images(

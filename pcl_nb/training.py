@@ -18,8 +18,8 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .core import (InputError, PROFILES, Progress, choose, cores, digest, pairs, require, revision, runs_dir, seeded,
-    threads, to_json, usable_device, versions, write_atomic)
+from .core import (InputError, PROFILES, Progress, choose, cores, digest, pairs, require, revision, runs_dir, sealed, seeded,
+    threads, to_json, unsealed, usable_device, versions, write_atomic)
 from .data import DATA, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
 from .methods import METHODS, get_method
@@ -367,12 +367,12 @@ def _save(path, recipe, model, optimizer, scaler, epoch, metrics):
     "Write a checkpoint, whole or not at all."
     buffer = io.BytesIO()
     torch.save(dict(key=recipe.key, epoch=epoch, metrics=metrics, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, sealed(buffer.getvalue()))
 
 def _read(path, recipe):
     "A checkpoint; None where there is none that can be used."
     if not Path(path).exists(): return None
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    try: state = torch.load(io.BytesIO(unsealed(Path(path).read_bytes())), map_location='cpu', weights_only=True)
     except Exception as e:                                                 # truncated, foreign, or not a checkpoint at all
         aside = set_aside(path)
         warnings.warn(f'checkpoint {path} cannot be read ({str(e).splitlines()[0]}); set aside as {aside.name}, training starts anew')
@@ -409,6 +409,7 @@ def load_run(
     folder = Path(folder)
     try:
         about = json.loads((folder/'run.json').read_text())
+        if about.pop('seal', None) not in (None, digest(about, 64)): raise BrokenRun('run.json is not what was written')
         data = (folder/'weights.pt').read_bytes()
         if hashlib.sha256(data).hexdigest() != about['sha256']: raise BrokenRun('weights.pt is not what was written')
         net = build_model(replace(recipe, weights=''), len(about['classes']), model)     # its weights are here
@@ -455,7 +456,8 @@ def _store(fitted, folder):
     write_atomic(folder/'metrics.csv', table)
     about = dict(recipe=fitted.recipe, stats=fitted.stats, classes=fitted.classes, seconds=round(fitted.seconds, 2), processes=shard()[1],
         sha256=hashlib.sha256(buffer.getvalue()).hexdigest(), metrics_sha256=hashlib.sha256(table).hexdigest(), device=str(next(fitted.model.parameters()).device), versions=versions(), revision=revision())
-    write_atomic(folder/'run.json', to_json(about, indent=1).encode())
+    about = json.loads(to_json(about))
+    write_atomic(folder/'run.json', to_json(dict(about, seal=digest(about, 64)), indent=1).encode())
     (folder/'checkpoint.pt').unlink(missing_ok=True)
 
 @contextlib.contextmanager
@@ -513,6 +515,7 @@ def main(
         recipe = recipe_for(profile, **given, options=options)
         with process_group(device) as device: fitted = run(recipe, out, device=device, progress=not quiet)
     except InputError as e: parser.error(str(e))
+    except OSError as e: rank or print(f'error: {e.filename or recipe.key}: {e.strerror or e}; what was stored before is kept', file=sys.stderr); return 1
     except FloatingPointError as e: rank or print(f'error: {e}', file=sys.stderr); return 1
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and 'gloo' not in str(e): raise
