@@ -126,11 +126,12 @@ def broken(site: Path) -> list:
 def main(out: Path) -> int:
     warnings.filterwarnings('ignore')
     with tempfile.TemporaryDirectory() as d:
-        src = Path(d)/'src'
+        src, site = Path(d)/'src', Path(d)/'out'/'site'
         stage(src)
-        shutil.rmtree(out, ignore_errors=True)
-        app = Sphinx(src, None, out, Path(d)/'trees', 'html', confoverrides=SETTINGS, status=None)
+        app = Sphinx(src, None, site, Path(d)/'trees', 'html', confoverrides=SETTINGS, status=None)
         app.build()
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.move(site, out)       # a site that is there stays until the new one is complete
     lost = broken(out)
     for where, link in lost: print(f'{where}: {link} leads nowhere', file=sys.stderr)
     print(f'{out}/index.html: {len(list(out.rglob("*.html")))} pages' + (f', {len(lost)} broken links' if lost else ', every link inside leads somewhere'))
