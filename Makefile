@@ -41,7 +41,7 @@ check: $(READY)  ## clean and export the notebooks; fails where that changes a c
 	git diff --exit-code -- nbs pcl_nb
 
 clean:  ## remove caches and build leftovers; trained runs and .venv stay
-	rm -rf build dist *.egg-info _docs _proc figures/smoke runs/executed .pytest_cache
+	rm -rf build dist *.egg-info _docs _proc figures/smoke runs/executed .pytest_cache .hypothesis
 	find nbs pcl_nb tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # An install that was cut short can leave packages that pip takes for complete: the next one starts afresh.
