@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
-           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'SMALL_CAP', 'PUBLISHED', 'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES',
-           'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files', 'decode',
-           'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name',
-           'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops',
-           'crop_boxes', 'crop_matrices', 'channel_stats', 'default_workers', 'batches', 'pick', 'evidence', 'Packed',
-           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'main']
+           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'LARGEST', 'SKIP', 'SMALL_CAP', 'PUBLISHED', 'PUBLISHED_SIZES', 'DATA',
+           'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files',
+           'decode', 'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count',
+           'parse_name', 'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes',
+           'draw_crops', 'crop_boxes', 'crop_matrices', 'channel_stats', 'default_workers', 'batches', 'pick',
+           'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates',
+           'unreadable', 'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
-import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, shutil, struct, sys, tempfile, time
+import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, shutil, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,14 +25,14 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, ImageNet, Places365
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .core import InputError, Progress, choose, cores, digest, generator, require, resolve, root, to_json, write_atomic
+from .core import InputError, Progress, brief, choose, cores, digest, generator, is_whole, require, resolve, root, to_json, write_atomic
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -177,6 +178,14 @@ class ImageSet:
     def __len__(self): return len(self.labels)
 
 # %% ../nbs/01_data.ipynb #f84a5b46
+MAX_BYTES = 8 << 30     # decoded images that may stay in memory
+LARGEST = 4096          # input height and width of a network, pixels
+
+def _check_room(n, px):
+    "`InputError` for more concept images than there may be."
+    need = 4*px**2*n
+    require(need <= MAX_BYTES, f'{n:,} images of {px} x {px} pixels need {need/2**30:,.0f} GB of memory, {MAX_BYTES >> 30} GB is the limit; give fewer images or a smaller size')
+
 def draw_concepts(
     kind:str,     # 'scenes' or 'objects'
     split:str,    # 'train' or 'val'
@@ -186,6 +195,8 @@ def draw_concepts(
 ) -> ImageSet:
     "`n` images of the concept data; image i is the same whatever `n` is."
     choose(kind, ('scenes', 'objects'), 'kind of concept data'); choose(split, ('train', 'val'), 'split')
+    require(is_whole(n) and n >= 1, f'n {brief(n)} is not valid; give 1 image or more'); require(is_whole(px) and px >= 16, f'px {brief(px)} is not valid; give 16 pixels or more')
+    _check_room(n, px)
     classes = SCENE_NAMES if kind == 'scenes' else NAMES
     stream = ('train', 'val').index(split)*2 + ('scenes', 'objects').index(kind)
     images, where = np.empty((n, px, px, 3), np.uint8), np.empty((n, px, px), np.uint8)
@@ -194,14 +205,21 @@ def draw_concepts(
     return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, classes, torch.from_numpy(where))
 
 # %% ../nbs/01_data.ipynb #ceb9d7d8
-MAX_BYTES = 8 << 30     # decoded images that may stay in memory
+SKIP = 'skip.txt'        # in a folder: names of its files that are left out, a line each
+
+def _left_out(path):
+    "The files that a folder's list leaves out."
+    file = Path(path)/SKIP
+    return {Path(path)/n for n in os.fsdecode(file.read_bytes()).splitlines() if n.strip()} if file.is_file() else set()
 
 def _class_folders(path, split):
     "name -> image files of one split, checked."
     base = Path(path)/split
-    require(Path(path).is_dir(), f'folder {str(path)!r} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
+    require(Path(path).is_dir(), f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
     require(base.is_dir(), f'folder {str(path)!r} has no {split}/; it needs train/ and val/ with one folder a class')
-    found = {d.name: sorted(f for f in d.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS) for d in sorted(base.iterdir()) if d.is_dir()}
+    for d in base.iterdir(): require(not d.is_symlink() or d.exists(), f'{str(d)!r} is a link that leads nowhere; remove it')
+    skip = _left_out(path)
+    found = {d.name: sorted(f for f in d.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and f not in skip) for d in sorted(base.iterdir()) if d.is_dir()}
     require(found, f'folder {str(base)!r} is empty; it needs one folder of images a class')
     for name, files in found.items():
         require(files, f'class folder {str(base/name)!r} holds no image; endings read: {" ".join(IMG_EXTENSIONS)}')
@@ -215,8 +233,9 @@ def folder_files(
     "The images of one split, in a fixed order; `InputError` says what is missing."
     alone = choose(split, ('train', 'val'), 'split') == 'val' and Path(path).is_dir() and not (Path(path)/'train').exists()      # nothing is to be trained
     both = {s: _class_folders(path, s) for s in (('val',) if alone else ('train', 'val'))}
-    lone = sorted(set(both.get('train', both['val'])) ^ set(both['val']))
-    require(not lone, f'folder {str(path)!r}: class {lone[0] if lone else ""!r} is not in both train/ and val/')
+    for here, there in (('train', 'val'), ('val', 'train')):
+        lone = sorted(set(both.get(here, both['val'])) - set(both.get(there, both['val'])))
+        require(not lone, f"folder {str(path)!r}: class {lone[0] if lone else ''!r} is not in both train/ and val/: it is missing in {there}/" + (f' (and {len(lone) - 1} more)' if len(lone) > 1 else ''))
     found = both[split]
     each = math.ceil(n/len(found)) if n else None
     files = [(f, i) for i, fs in enumerate(found.values()) for f in fs[:each]]
@@ -226,8 +245,9 @@ def folder_files(
 def _readable(path):
     "`InputError` names a file that is not an image, or not all of one."
     try: yield
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        raise InputError(f'{str(path)!r} is not an image that can be read: {e}') from None
+    except UnidentifiedImageError: raise InputError(f'{str(path)!r} is not an image that can be read: none of the formats known') from None
+    except Exception as e:                                               # decoders meet bytes that mean nothing in many ways
+        raise InputError(f"{str(path)!r} is not an image that can be read: {' '.join(str(e).split()) or type(e).__name__}") from None
 
 def _orientation(im): return im.getexif().get(0x112, 1)
 
@@ -312,10 +332,12 @@ def load_folder(
 ) -> ImageSet:
     "Decode one split of an image folder into memory; leave it on disk if it does not fit."
     files, labels, classes = folder_files(path, split, n)
-    if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
-    with ThreadPoolExecutor(cores()) as pool:
-        bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False, disable=None if progress else True)
-        images = list(bar)
+    try:
+        if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
+        with ThreadPoolExecutor(cores()) as pool:
+            bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False, disable=None if progress else True)
+            images = list(bar)
+    except InputError as e: raise InputError(f'{e}; mend it, or leave out all such files: python -m pcl_nb.data check "folder:{path}" --skip') from None
     if len({im.shape for im in images}) == 1: images = torch.stack(images)
     return ImageSet(images, torch.tensor(labels), classes)
 
@@ -332,7 +354,7 @@ def _published_path(name, path):
         selection = f'@{given}'
     if not path:
         base = os.environ.get('PCL_NB_DATA')
-        path = Path(base).expanduser()/folder if base else root()/'data'/folder
+        path = resolve(base)/folder if base else root()/'data'/folder
     return f'{resolve(str(path))}{selection}'
 
 def _needed(name, path, what, source):
@@ -455,7 +477,7 @@ def parse_name(
         kind, _, path = name.partition(':')
         if kind in PUBLISHED: return kind, _published_path(kind, path)
         if kind in ('folder', 'packed') and path: return kind, resolve(path)
-    raise InputError(f"unknown data set {name!r}; valid: {', '.join(DATA)}")
+    raise InputError(f"unknown data set {brief(name)}; valid: {', '.join(DATA)}")
 
 def check_data(
     name:str,         # as in `load`
@@ -505,12 +527,15 @@ def load(
     seed:int=0     # which concept images
 ) -> ImageSet:
     "Load one split of a data set, at most once."
+    choose(split, ('train', 'val'), 'split')
+    require(is_whole(size) and 1 <= size <= LARGEST, f'size {brief(size)} is not valid; give 1 to {LARGEST} pixels')
+    require(is_whole(n) and n >= 0, f'n {brief(n)} is not valid; give a number of images, or 0 for all')
     kind, where = _found(name, size)
     if kind == 'concept':
         require(size >= 16, f'size {size} is too small to draw concepts; valid: 16 pixels and more')
         require(n > 0, f'{name} has no end; say how many images: n of 1 or more')
-        return _load(kind, where, choose(split, ('train', 'val'), 'split'), base_size(size), n, seed)
-    return _load(kind, where, choose(split, ('train', 'val'), 'split'), 0, n, 0)
+        return _load(kind, where, split, base_size(size), n, seed)
+    return _load(kind, where, split, 0, n, 0)
 
 def _has_train(kind, where):
     if kind == 'folder': return (Path(where)/'train').exists()
@@ -527,7 +552,7 @@ def _fingerprint(kind, where, px, n, seed):
             h.update(sample.images.numpy().tobytes()); h.update(sample.where.numpy().tobytes())
         elif kind == 'packed': h.update(repr((split, read_index(where)['source'], read_index(where)['edge'])).encode())
         elif kind == 'folder' and _fits(files := folder_files(where, split, count)[0]):
-            for f in files: h.update(f'{f.parent.name}/{f.name}'.encode()); h.update(f.read_bytes())
+            for f in files: h.update(os.fsencode(f'{f.parent.name}/{f.name}')); h.update(f.read_bytes())
         else:
             files, labels, classes = _listed(kind, where, split, count)
             h.update(files.digest(labels, classes).encode())
@@ -667,9 +692,17 @@ def _gather(images, index):
     for o, im in zip(out, picked): o[:, :im.shape[1], :im.shape[2]] = im
     return out, sizes
 
+def _uneven(sizes): return len(sizes)*sizes.amax(0).prod() > 8*sizes.prod(1).sum()     # padding would take far more memory than the images
+
+def _apart(images, boxes, flip, part, size, device):
+    "The crops of `part` of a batch, one by one."
+    rows, columns = ([[v[k:k+1] for v in axis] for k in part] for axis in boxes)
+    matrices = [(axis_matrix(*r, size, im.shape[1]), axis_matrix(*c, size, im.shape[2], None if flip is None else flip[k:k+1])) for im, r, c, k in zip(images, rows, columns, part)]
+    return torch.cat([apply_axes(*(t.to(device) for t in (im[None], *m))) for im, m in zip(images, matrices)])
+
 def _crop(image, top, h, rh, oy, left, w, rw, ox, size, factor):
     "One crop as bytes: the steps of `axis_matrix`; by PIL where an image decoded at 1/factor has no whole pixel where the crop begins."
-    if factor == 1:
+    if factor == 1 and rh*rw <= 2**24:                                   # of a long strip, the whole would take gigabytes
         part = image[:, top:top+h, left:left+w]
         if (h, w) != (rh, rw): part = F.interpolate(part[None], (rh, rw), mode='bilinear', antialias=True)[0]
         return part[:, oy:oy+size, ox:ox+size]
@@ -746,7 +779,9 @@ def batches(
     workers:int=None     # processes that decode images on disk; None: `default_workers`
 ):  # yields x (B,3,size,size) normalised, y (B,)
     "Cropped, normalised batches of one epoch; the shards of a batch are the batch, whatever their number."
-    require(batch >= 1, f'batch {batch} is not valid; give 1 image or more')
+    require(is_whole(batch) and batch >= 1, f'batch {brief(batch)} is not valid; give 1 image or more')
+    require(is_whole(size) and 1 <= size <= LARGEST, f'size {brief(size)} is not valid; give 1 to {LARGEST} pixels')
+    choose(scheme, SCHEME_NAMES, 'scheme')
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     require(len(index), 'no images: give 1 or more')
     g = generator('crops', seed, epoch) if train else None
@@ -756,7 +791,6 @@ def batches(
     mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1)*255 for s in stats)
     memory = torch.channels_last if channels_last else torch.contiguous_format
     if isinstance(images.images, OnDisk):
-        choose(scheme, SCHEME_NAMES, 'scheme')
         def jobs():
             for chosen in index.split(batch):
                 drawn = draw_crops(scheme, len(chosen), size, g) if train else None
@@ -770,6 +804,11 @@ def batches(
             yield raw.to(torch.float32, memory_format=memory).sub_(mean).div_(std), images.labels[chosen].to(device)
         return
     for chosen in index.split(batch):
+        if isinstance(images.images, list) and _uneven(sizes := torch.tensor([images.images[i].shape[-2:] for i in chosen.tolist()])):
+            drawn = draw_crops(scheme, len(chosen), size, g) if train else None
+            part = torch.arange(len(chosen))[shard[0]::shard[1]].tolist()
+            if part: yield _apart([images.images[chosen[k]] for k in part], crop_boxes(scheme, sizes, size, drawn), drawn and drawn[-1], part, size, device).sub_(mean).div_(std).contiguous(memory_format=memory), images.labels[chosen[part]].to(device)
+            continue
         raw, sizes = _gather(images.images, chosen)
         rows, columns = crop_matrices(scheme, sizes, size, g)
         chosen, raw, rows, columns = (t[shard[0]::shard[1]] for t in (chosen, raw, rows, columns))
@@ -881,8 +920,8 @@ def pack(
     "Pack both splits of a set; goes on where a kill interrupted it."
     kind, where = parse_name(name)
     require(kind not in ('concept', 'packed'), f'{name} cannot be packed; give a set of image files')
-    require(edge >= 16, f'edge {edge} is not valid; give 16 pixels or more')
-    folder = Path(out).expanduser() if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
+    require(is_whole(edge) and edge >= 16, f'edge {brief(edge)} is not valid; give 16 pixels or more')
+    folder = resolve(out) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
     require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder')
     about = dict(source=_identity(kind, where), edge=edge, format=1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -991,6 +1030,28 @@ def loading_rates(
     return pd.DataFrame(rows)
 
 # %% ../nbs/01_data.ipynb #cd5eac5c
+def unreadable(
+    path,           # folder that holds train/ and val/
+    progress=True   # show a bar
+) -> tuple:  # file -> what is wrong with it; number of all files
+    "Read every image of a folder to its end."
+    files = [f for split in ('train', 'val') for f in folder_files(path, split)[0]]
+    def wrong(file):
+        try: decode(file)
+        except InputError as e: return str(e)
+    with ThreadPoolExecutor(cores()) as pool:
+        said = list(Progress(pool.map(wrong, files), f'read {Path(path).name}', len(files), unit=' images', leave=False, disable=None if progress else True))
+    return {f: w for f, w in zip(files, said) if w}, len(files)
+
+def leave_out(
+    path,   # folder that holds train/ and val/
+    files   # of it
+):
+    "Name files in the folder's list, so that they are left out from now on."
+    names = {f.relative_to(path) for f in _left_out(path).union(files)}
+    write_atomic(Path(path)/SKIP, b''.join(os.fsencode(n) + b'\n' for n in sorted(names)))
+    for f in (_listed, _load, _fingerprint, _identity): f.cache_clear()
+
 def _parser():
     p = argparse.ArgumentParser(prog='python -m pcl_nb.data', description='Check a data set, or pack it: decode and resize it once.')
     commands = p.add_subparsers(dest='command', required=True)
@@ -1004,6 +1065,8 @@ def _parser():
     a.add_argument('--quiet', action='store_true', help='no progress bar')
     c = commands.add_parser('check', help='say what a data set holds, or what is missing')
     c.add_argument('name', help=f"{sets}; packed:PATH")
+    c.add_argument('--read', action='store_true', help='read every image of folder:PATH to its end, and say which cannot be')
+    c.add_argument('--skip', action='store_true', help=f'the same, and leave those out from now on: their names go to PATH/{SKIP}')
     return p
 
 def main(
@@ -1017,6 +1080,13 @@ def main(
         else:
             kind, where = parse_name(check_data(a.name))
             require(kind != 'concept', f'{a.name} is drawn, there is nothing to check')
+            if a.read or a.skip:
+                require(kind == 'folder', f'--read and --skip are for folder:PATH, not for {a.name}')
+                bad, n = unreadable(where)
+                for why in bad.values(): print(why)
+                print(f"{len(bad)} of {n} images cannot be read" + (f', left out by {where/SKIP}' if bad and a.skip else ''))
+                if a.skip: leave_out(where, bad)
+                elif bad: return 1
             for split in ('train', 'val'):
                 files, labels, classes = _listed(kind, where, split, 0) if kind != 'packed' else (lambda s: (s.images, s.labels, s.classes))(_load_packed(where, split, 0))
                 print(f'{split}: {len(files)} images, {len(classes)} classes')

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .cam import class_activation_map, erase, normalize_map
-from .core import InputError, require, resolve, usable_device
+from .core import InputError, brief, require, resolve, text, usable_device
 from .data import ImageSet, batches, decode
 from .erf import impact_histogram, impact_map
 from .focus_area import RULES, region
@@ -47,9 +47,9 @@ def image_files(
 ) -> list:
     "The files that are meant; `InputError` where there is none."
     found = []
-    for name in filter(None, (n.strip() for n in names.split(','))):
+    for name in filter(None, (n.strip() for n in text(names).split(','))):
         path = resolve(name)
-        require(path.exists(), f'{name!r} does not exist; give image files, or folders of images, separated by commas')
+        require(path.exists(), f'{brief(name)} does not exist; give image files, or folders of images, separated by commas')
         files = sorted(f for f in path.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
         require(files, f"folder {name!r} holds no image; endings read: {' '.join(IMG_EXTENSIONS)}")
         found += files

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import FILLS, MASKS, cam_erase, class_activation_map, erasing_mask
-from .core import choose, require
+from .core import brief, choose, is_real, is_whole, require
 from .losses import DISTANCES, category_consistency, instance_consistency, joint, shard
 from .models import StagedClassifier, frozen
 
@@ -56,13 +56,11 @@ class Method:
         yield self.losses(model, images, labels, stats)
 
 # %% ../nbs/05_methods.ipynb #caaa1171
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+def _check_rate(name, v): require(is_real(v) and 0 <= v <= 1, f'{name} {brief(v)} is not valid; give a rate from 0 to 1')
 
-def _check_rate(name, v): require(_number(v) and 0 <= v <= 1, f'{name} {v!r} is not valid; give a rate from 0 to 1')
+def _check_threshold(name, v): require(is_real(v) and 0 < v < 1, f'{name} {brief(v)} is not valid; give a threshold between 0 and 1, both excluded')
 
-def _check_threshold(name, v): require(_number(v) and 0 < v < 1, f'{name} {v!r} is not valid; give a threshold between 0 and 1, both excluded')
-
-def _check_factor(name, v): require(_number(v) and 0 <= v < float('inf'), f'{name} {v!r} is not valid; give a finite number of 0 or more')
+def _check_factor(name, v): require(is_real(v) and v >= 0, f'{name} {brief(v)} is not valid; give a finite number of 0 or more')
 
 # %% ../nbs/05_methods.ipynb #39d30003
 TARGETS = 'prediction', 'truth'
@@ -93,8 +91,8 @@ class PCL(Method):
         choose(self.stage, ('stage3', 'stage4'), 'stage'); choose(self.target, TARGETS, 'target')
         choose(self.ipc_distance, DISTANCES, 'ipc_distance'); choose(self.cpc_distance, (*DISTANCES, 'correlation'), 'cpc_distance')
         choose(self.mask, MASKS, 'mask'); choose(self.fill, FILLS, 'fill')
-        require(isinstance(self.detach, bool), f'detach {self.detach!r} is not valid; give true or false')
-        require(_number(self.tau) and 0 <= self.tau <= 1, f'tau {self.tau!r} is not valid; give a number from 0 to 1')
+        require(isinstance(self.detach, bool), f'detach {brief(self.detach)} is not valid; give true or false')
+        require(is_real(self.tau) and 0 <= self.tau <= 1, f'tau {brief(self.tau)} is not valid; give a number from 0 to 1')
         for w in ('side_weight', 'ipc_weight', 'cpc_weight', 'omega'): _check_factor(w, getattr(self, w))
 
     def terms(self, model, images, labels, stats=None):
@@ -174,13 +172,13 @@ class HideAndSeek(Method):
     def sizes(self) -> tuple:
         "The patch sizes as numbers, at 224 pixels."
         p = self.patches
-        if isinstance(p, str): p = [int(s) if s.isdecimal() else s for s in p.split('/')]
+        if isinstance(p, str): p = [int(s) if s.isdecimal() and len(s) < 9 else s for s in p.split('/')]
         return tuple(p) if isinstance(p, (tuple, list)) else (p,)
 
     def check(self):
         _check_rate('drop_rate', self.drop_rate)
-        whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.sizes)
-        require(self.sizes and whole, f'patches {self.patches!r} is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
+        whole = all(is_whole(s) and s >= 0 for s in self.sizes)
+        require(self.sizes and whole, f'patches {brief(self.patches)} is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
         for s in self.sizes: require(s <= PUBLISHED_SIZE, f'a patch of {s} pixels is larger than the image; give sizes from 0 to {PUBLISHED_SIZE}, as for an image of {PUBLISHED_SIZE} pixels')
 
     def scaled(self,
