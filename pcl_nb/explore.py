@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython.display import display
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cam import class_activation_map, erasing_mask, normalize_map
-from .core import Progress, choose, digest, generator, require, usable_device
+from .core import Progress, choose, generator, require, usable_device
 from .data import batches, evidence, fingerprint
 from .models import StagedClassifier, folded, memory_format, parts
 from .runs import stored, val_images

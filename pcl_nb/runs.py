@@ -21,9 +21,9 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (PROFILES, InputError, Progress, choose, cores, digest, figures_dir, flag, generator, integer, list_of, one_of, or_profile, pairs, require,
+from .core import (PROFILES, InputError, Progress, choose, cores, digest, figures_dir, generator, integer, list_of, one_of, or_profile, out_folder, pairs, require,
     resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
-from .data import ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
+from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
 from .models import ARCHS, _BUILD
 from .training import SCHEMES, Fitted, Recipe, recipe_for, run, set_aside
@@ -265,8 +265,8 @@ LEARNED = 3     # times chance: the accuracy from which a trained network says s
 
 CHECKS = dict(
     archs=list_of(one_of(ARCHS, 'architecture')), profile=one_of(PROFILES, 'profile'), scenes=lambda name: check_data(name, trains=False), objects=lambda name: check_data(name, trains=False),
-    images=or_profile(integer(1)), size=or_profile(integer(16)), epochs=or_profile(integer(1)), bootstrap=or_profile(integer(2)),
-    scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), workers=integer(0), device=text, out=text)
+    images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)), bootstrap=or_profile(integer(2, 10_000)),
+    scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), workers=integer(0), device=text, out=out_folder)
 
 def checks(
     names:str  # of common parameters, separated by blanks
@@ -289,7 +289,6 @@ def settle(
         if P.get(name) == -1: P[name] = getattr(sizes, name)
     if 'archs' in P: P['archs'] = sorted(set(P['archs']), key=ARCHS.index)
     folder, device = resolve(P['out']) if P['out'] else figures_dir(P['profile']), usable_device(P['device'])
-    require(not folder.exists() or folder.is_dir(), f"parameter out: {P['out']!r} is not a folder; give one that is, or that does not exist yet")
     for name in data:          # an image that cannot be read should say so now, not after an hour
         for split, n in (('train', sizes.train), ('val', sizes.val))[public:]:
             if name.startswith('folder:'): load(name, split, P['size'], n)

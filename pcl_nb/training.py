@@ -18,9 +18,9 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .core import (InputError, PROFILES, Progress, choose, cores, digest, pairs, require, revision, runs_dir, sealed, seeded,
+from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, pairs, require, revision, runs_dir, sealed, seeded,
     threads, to_json, unsealed, usable_device, versions, write_atomic)
-from .data import DATA, batches, channel_stats, check_data, fingerprint, is_drawn, load
+from .data import DATA, LARGEST, _check_room, base_size, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
 from .methods import METHODS, get_method
 from .models import ARCHS, PUBLIC, StagedClassifier, create_model, memory_format
@@ -90,11 +90,13 @@ class Recipe:
         choose(self.scheme, SCHEMES, 'scheme'); self.amp == '' or choose(self.amp, ('bf16', 'fp16'), 'amp')
         for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0, accumulate=1).items():
             v = getattr(self, name)
-            require(isinstance(v, int) and v >= least, f'{name} {v!r} is not valid; give a whole number of {least} or more')
+            require(is_whole(v) and v >= least, f'{name} {brief(v)} is not valid; give a whole number of {least} or more')
+        require(self.size <= LARGEST, f'size {brief(self.size)} is not valid; give at most {LARGEST} pixels')
         for name in ('width', 'lr', 'momentum', 'weight_decay', 'gamma'):
             v = getattr(self, name)
-            require(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0, f'{name} {v!r} is not valid; give a finite number of 0 or more')
-        require(self.published or not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more')
+            require(is_real(v) and v >= 0, f'{name} {brief(v)} is not valid; give a finite number of 0 or more')
+        require(self.published or not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more, or images that are there, as folder:PATH')
+        if not self.published and is_drawn(self.data): _check_room(max(self.train, self.val), base_size(self.size))
         return self
 
     @property
