@@ -242,7 +242,7 @@ def list_of(
 ):
     "A check: items separated by commas or blanks, each of them valid; at least one. Gives the list."
     def check_all(value):
-        items = str(value).replace(',', ' ').split()
+        items = (value if isinstance(value, str) else brief(value)).replace(',', ' ').split()
         require(items, 'names nothing; give at least one item')
         return [check(item) for item in items]
     return check_all

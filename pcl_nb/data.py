@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, ImageNet, Places365
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .core import InputError, Progress, brief, choose, cores, digest, generator, is_real, is_whole, require, resolve, root, to_json, usable_device, write_atomic
+from .core import InputError, Progress, brief, choose, cores, digest, generator, is_real, is_whole, out_folder, require, resolve, root, to_json, usable_device, write_atomic
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -943,7 +943,7 @@ def pack(
     kind, where = parse_name(name)
     require(kind not in ('concept', 'packed'), f'{name} cannot be packed; give a set of image files')
     require(is_whole(edge) and edge >= 16, f'edge {brief(edge)} is not valid; give 16 pixels or more')
-    folder = resolve(out) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
+    folder = resolve(out_folder(out)) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
     require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder')
     about = dict(source=_identity(kind, where), edge=edge, format=1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -148,8 +148,9 @@ def hide_patches(
 ) -> Tensor:  # (B,3,H,W)
     "Draw a patch size for each image, and hide each patch of its grid with probability `drop_rate`."
     B, _, H, W = images.shape
-    _check_rate('drop_rate', drop_rate); require(isinstance(sizes, (tuple, list)) and sizes, f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels')
-    for s in sizes: require(is_whole(s) and 0 <= s <= min(H, W), f'a patch of {brief(s)} pixels does not fit, or is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
+    _check_rate('drop_rate', drop_rate)
+    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes), f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
+    for s in sizes: require(s <= min(H, W), f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
     longest, least = max(H, W), min([s for s in sizes if s], default=max(H, W))
     rank, ranks = shard()                                                            # drawn for the whole batch, whoever holds the image
     S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]      # and on the CPU: the same on every device

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, pairs, require, revision, runs_dir, seeded,
+from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, out_folder, pairs, require, revision, runs_dir, seeded,
     threads, to_json, usable_device, versions, write_atomic)
 from .data import DATA, LARGEST, _check_room, base_size, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
@@ -515,6 +515,7 @@ def main(
     profile, out, device, quiet, settings = (a.pop(k) for k in ('profile', 'out', 'device', 'quiet', 'set'))
     try:
         options = pairs(' '.join(settings))
+        out_folder(out or '')
         given = {k: v for k, v in a.items() if v is not None}
         recipe = recipe_for(profile, **given, options=options)
         with process_group(device) as device: fitted = run(recipe, out, device=device, progress=not quiet)
