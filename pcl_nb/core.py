@@ -78,6 +78,7 @@ def resolve(
     path:str  # as a user typed it: relative to the current folder, or to the project's
 ) -> Path:
     "The path that exists among the two a user may mean; unchanged if neither does."
+    require(isinstance(path, (str, os.PathLike)), f'{brief(path)} is not a path')
     try:
         p = Path(path).expanduser()
         return next((q for q in (p, root()/p) if q.exists()), p)
@@ -119,7 +120,7 @@ def usable_device(
 ) -> torch.device:
     "The device, if this machine has it; `InputError` if not."
     there = ', '.join(n for n, ok in dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).items() if ok)
-    try: found = torch.empty(0, device=device or default_device()).device
+    try: found = torch.empty(0, device=default_device() if device is None or device == '' else device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise InputError(f'device {brief(str(device))} cannot be used here: {str(e).splitlines()[0][:120]}; valid: {there}') from None
     require(found.type != 'meta', f'device {brief(str(device))} cannot be used here: it holds no numbers; valid: {there}')
     return found
@@ -129,6 +130,7 @@ def threads(
     n:int  # compute threads inside the block
 ):
     "Use `n` CPU threads inside the block. Workers x threads = cores: more is many times slower, not faster."
+    require(is_whole(n) and n >= 1, f'{brief(n)} threads are not possible; give 1 or more')
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try: yield
@@ -241,7 +243,7 @@ def list_of(
 ):
     "A check: items separated by commas or blanks, each of them valid; at least one. Gives the list."
     def check_all(value):
-        items = str(value).replace(',', ' ').split()
+        items = (value if isinstance(value, str) else brief(value)).replace(',', ' ').split()
         require(items, 'names nothing; give at least one item')
         return [check(item) for item in items]
     return check_all

@@ -8,8 +8,8 @@ __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTR
            'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files',
            'decode', 'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count',
            'parse_name', 'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes',
-           'draw_crops', 'crop_boxes', 'crop_matrices', 'channel_stats', 'default_workers', 'batches', 'pick',
-           'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates',
+           'draw_crops', 'crop_boxes', 'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches',
+           'pick', 'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates',
            'unreadable', 'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, ImageNet, Places365
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .core import InputError, Progress, brief, choose, cores, digest, generator, is_whole, require, resolve, root, to_json, write_atomic
+from .core import InputError, Progress, brief, choose, cores, digest, generator, is_real, is_whole, out_folder, require, resolve, root, to_json, usable_device, write_atomic
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -77,6 +77,8 @@ def sprite(
     shuffle:int=-1    # index into `SHUFFLES`: tiles change places; -1: intact
 ) -> np.ndarray:  # (px,px,5) int32, subpixels in each slot, summing to 16; slot 0 is transparent
     "A drawing at one size and pose."
+    choose(concept, CONCEPTS, 'concept'); require(is_whole(px) and px >= 1, f'px {brief(px)} is not valid; give 1 pixel or more')
+    for name, v, valid in (('flip', flip, (0, 1)), ('tilt', tilt, range(len(TILTS))), ('stretch', stretch, range(len(STRETCHES))), ('shuffle', shuffle, range(-1, len(SHUFFLES)))): choose(v, valid, name)
     cos, sin, over = TILTS[tilt]
     wide, high = STRETCHES[stretch]
     n = SUB*px
@@ -85,7 +87,7 @@ def sprite(
     one = 56*n*over                                  # a grid unit in the units of X and Y
     X, Y = 32*(448//wide)*(cos*U - sin*V), 32*(448//high)*(sin*U + cos*V)
     slots = np.zeros((n, n), np.uint8)
-    for slot, kind, *a in CONCEPTS[choose(concept, CONCEPTS, 'concept')]:
+    for slot, kind, *a in CONCEPTS[concept]:
         if kind == 'r':
             x0, y0, x1, y1 = a
             inside = (X >= x0*one) & (X < x1*one) & (Y >= y0*one) & (Y < y1*one)
@@ -181,6 +183,8 @@ class ImageSet:
 MAX_BYTES = 8 << 30     # decoded images that may stay in memory
 LARGEST = 4096          # input height and width of a network, pixels
 
+def _check_size(size, least=1): require(is_whole(size) and least <= size <= LARGEST, f'size {brief(size)} is not valid; give {least} to {LARGEST} pixels')
+
 def _check_room(n, px):
     "`InputError` for more concept images than there may be."
     need = 4*px**2*n
@@ -196,6 +200,7 @@ def draw_concepts(
     "`n` images of the concept data; image i is the same whatever `n` is."
     choose(kind, ('scenes', 'objects'), 'kind of concept data'); choose(split, ('train', 'val'), 'split')
     require(is_whole(n) and n >= 1, f'n {brief(n)} is not valid; give 1 image or more'); require(is_whole(px) and px >= 16, f'px {brief(px)} is not valid; give 16 pixels or more')
+    require(is_whole(seed) and seed >= 0, f'seed {brief(seed)} is not valid; give a whole number of 0 or more')
     _check_room(n, px)
     classes = SCENE_NAMES if kind == 'scenes' else NAMES
     stream = ('train', 'val').index(split)*2 + ('scenes', 'objects').index(kind)
@@ -245,9 +250,9 @@ def folder_files(
 def _readable(path):
     "`InputError` names a file that is not an image, or not all of one."
     try: yield
-    except UnidentifiedImageError: raise InputError(f'{str(path)!r} is not an image that can be read: none of the formats known') from None
+    except UnidentifiedImageError: raise InputError(f'{brief(str(path), 300)} is not an image that can be read: none of the formats known') from None
     except Exception as e:                                               # decoders meet bytes that mean nothing in many ways
-        raise InputError(f"{str(path)!r} is not an image that can be read: {' '.join(str(e).split()) or type(e).__name__}") from None
+        raise InputError(f"{brief(str(path), 300)} is not an image that can be read: {' '.join(str(getattr(e, 'strerror', None) or e).split()) or type(e).__name__}") from None
 
 def _orientation(im): return im.getexif().get(0x112, 1)
 
@@ -527,8 +532,7 @@ def load(
     seed:int=0     # which concept images
 ) -> ImageSet:
     "Load one split of a data set, at most once."
-    choose(split, ('train', 'val'), 'split')
-    require(is_whole(size) and 1 <= size <= LARGEST, f'size {brief(size)} is not valid; give 1 to {LARGEST} pixels')
+    choose(split, ('train', 'val'), 'split'); _check_size(size)
     require(is_whole(n) and n >= 0, f'n {brief(n)} is not valid; give a number of images, or 0 for all')
     kind, where = _found(name, size)
     if kind == 'concept':
@@ -566,6 +570,7 @@ def fingerprint(
     seed:int=0        # which concept images
 ) -> str:  # 16 hexadecimal digits
     "What the images are, without loading them all."
+    _check_size(size)
     if stands_in(name): return digest([parse_name(name), train, val])
     kind, where = _found(name, size)
     return _fingerprint(kind, where, base_size(size) if kind == 'concept' else 0, (train, val), seed if kind == 'concept' else 0)
@@ -660,7 +665,7 @@ def crop_matrices(
 ) -> tuple:  # rows (B,size,max H), columns (B,size,max W)
     "The scheme's transform for each image of a batch."
     choose(scheme, SCHEME_NAMES, 'scheme')
-    require(size >= 1, f'size {size} is not valid; give 1 pixel or more')
+    _check_size(size)
     drawn = None if generator is None else draw_crops(scheme, len(sizes), size, generator)
     rows, columns = crop_boxes(scheme, sizes, size, drawn)
     h, w, flip = sizes[:, 0], sizes[:, 1], None if drawn is None else drawn[-1]
@@ -682,6 +687,22 @@ def channel_stats(
     mean = total/count
     std = (square/count - mean**2).clamp(min=1e-8).sqrt()
     return tuple(round(v, 6) for v in (mean/255).tolist()), tuple(round(v, 6) for v in (std/255).clamp(min=1e-3).tolist())
+
+def check_stats(
+    stats  # mean, std: each 3 numbers
+):
+    "The statistics of a normalisation; `InputError` if they are none."
+    valid = isinstance(stats, (tuple, list)) and len(stats) == 2 and all(isinstance(s, (tuple, list)) and len(s) == 3 and all(map(is_real, s)) for s in stats) and min(stats[1]) > 0
+    require(valid, f'stats {brief(stats)} are not valid; give mean and standard deviation, the latter above 0, of three channels')
+    return stats
+
+def _check_index(index, n):
+    "Numbers of images, of `n` that there are, as a tensor."
+    try: index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError): raise InputError(f'index {brief(index)} is not valid; give whole numbers from 0 to {n - 1}') from None
+    whole = index.dim() == 1 and (not len(index) or not index.is_floating_point() and index.dtype != torch.bool and bool(((index >= 0) & (index < n)).all()))
+    if not whole: raise InputError(f'index {brief(index.tolist())} is not valid; give whole numbers from 0 to {n - 1}')
+    return index.long()
 
 def _gather(images, index):
     "The images of a batch as one tensor, and their sizes."
@@ -780,9 +801,9 @@ def batches(
 ):  # yields x (B,3,size,size) normalised, y (B,)
     "Cropped, normalised batches of one epoch; the shards of a batch are the batch, whatever their number."
     require(is_whole(batch) and batch >= 1, f'batch {brief(batch)} is not valid; give 1 image or more')
-    require(is_whole(size) and 1 <= size <= LARGEST, f'size {brief(size)} is not valid; give 1 to {LARGEST} pixels')
-    choose(scheme, SCHEME_NAMES, 'scheme')
-    index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
+    _check_size(size); choose(scheme, SCHEME_NAMES, 'scheme'); check_stats(stats)
+    require(isinstance(shard, tuple) and len(shard) == 2 and all(map(is_whole, shard)) and 0 <= shard[0] < shard[1], f'shard {brief(shard)} is not valid; give (rank, ranks) with ranks above rank')
+    index, device = torch.arange(len(images)) if index is None else _check_index(index, len(images)), usable_device(device)
     require(len(index), 'no images: give 1 or more')
     g = generator('crops', seed, epoch) if train else None
     if train:
@@ -824,6 +845,7 @@ def pick(
     index:Tensor     # (n,) which images, in this order
 ) -> ImageSet:
     "Some of the images."
+    index = _check_index(index, len(images))
     if isinstance(images.images, OnDisk): chosen = images.images.pick(index)
     else: chosen = images.images[index] if isinstance(images.images, Tensor) else [images.images[i] for i in index.tolist()]
     return ImageSet(chosen, images.labels[index], images.classes, None if images.where is None else images.where[index])
@@ -921,7 +943,7 @@ def pack(
     kind, where = parse_name(name)
     require(kind not in ('concept', 'packed'), f'{name} cannot be packed; give a set of image files')
     require(is_whole(edge) and edge >= 16, f'edge {brief(edge)} is not valid; give 16 pixels or more')
-    folder = resolve(out) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
+    folder = resolve(out_folder(out)) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
     require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder')
     about = dict(source=_identity(kind, where), edge=edge, format=1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .core import Progress, choose, generator, require, usable_device
+from .core import Progress, brief, choose, generator, is_real, is_whole, require, usable_device
 from .data import batches, fingerprint
-from .models import RELU, StagedClassifier, folded, frozen, memory_format, parts, untouched
+from .models import RELU, StagedClassifier, folded, frozen, image_batch, loaded, memory_format, parts, staged, untouched
 from .runs import random_batches, stored, val_images
 
 # %% ../nbs/09_erf.ipynb #5ef5cdb5
@@ -66,6 +66,7 @@ def center_value(
     center:str='floor'     # 'floor' or 'mean4'
 ) -> Tensor:  # y (B,)
     "Mean over channels of the features at the centre of the map."
+    require(features.dim() == 4 and features.shape[2]*features.shape[3], f'features {tuple(features.shape)} are not maps (B,K,h,w)')
     h, w = features.shape[-2:]
     if choose(center, CENTERS, 'center') == 'floor': return features[..., h//2, w//2].mean(1)
     return features[..., (h-1)//2:h//2+1, (w-1)//2:w//2+1].mean((1, 2, 3))
@@ -84,10 +85,10 @@ def _independent_impacts(model, x, stage, center, relu):
 def _stream(images, batch_size):
     "Batches of images from a tensor or from a loader of images or of (images, labels)."
     if isinstance(images, Tensor):
-        require(images.dim() == 4, f'images {tuple(images.shape)} are not a batch (N,3,H,W)')
-        yield from images.split(batch_size)
-    else:
-        for item in images: yield item[0] if isinstance(item, (tuple, list)) else item
+        images = ((x, None) for x in image_batch(images).split(batch_size))
+    for x, _ in loaded(images):
+        require(bool(torch.isfinite(x).all()), 'images are not finite: their gradients would be those of other images')
+        yield x
 
 def impact_replicates(
     model:StagedClassifier,
@@ -102,8 +103,9 @@ def impact_replicates(
     progress=False             # show a bar
 ) -> tuple:  # impact map (H,W), raw; replicates (R,H,W)
     "The impact map and bootstrap replicates of it, streaming: memory does not grow with the number of images."
-    require(batch_size >= 1, f'batch_size {batch_size!r} is not valid; give 1 or more')
-    choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
+    require(is_whole(batch_size) and 1 <= batch_size < 2**31, f'batch_size {brief(batch_size)} is not valid; give 1 or more')
+    require(is_whole(replicates) and 0 <= replicates <= 10**6, f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
+    choose(stage, staged(model).stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
     p, g = next(model.parameters()), generator('bootstrap', seed)
     total, weights = None, None
     with folded(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
@@ -140,7 +142,8 @@ def impact_histogram(
     bins:int=100     # S
 ) -> Tensor:  # (...,bins) int64, sums to H*W
     "Eq. 1 on the min-max normalised map; a flat map falls into the lowest bin."
-    require(bins >= 1, f'bins {bins!r} is not valid; give 1 or more')
+    require(is_whole(bins) and 1 <= bins <= 10**6, f'bins {brief(bins)} is not valid; give 1 or more, up to a million')
+    require(isinstance(impact, Tensor) and impact.dim() >= 2 and impact.numel() and impact.is_floating_point(), f'impact {tuple(impact.shape) if isinstance(impact, Tensor) else type(impact).__name__} is not a map (H,W) of floating-point numbers')
     flat = impact.detach().double().flatten(-2)
     require(bool(torch.isfinite(flat).all()), 'the impact map is not finite')
     low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
@@ -153,7 +156,8 @@ def erf_size(
     drop:int=10        # lowest bins left out
 ) -> Tensor:  # (...), pixels
     "Effective receptive field: pixels in the bins that are kept."
-    require(0 <= drop < histogram.shape[-1], f'drop {drop!r} is not valid; give 0 to {histogram.shape[-1] - 1}')
+    require(isinstance(histogram, Tensor) and histogram.dim() and histogram.shape[-1], f'{type(histogram).__name__} is not a histogram (...,bins); impact_histogram gives one')
+    require(is_whole(drop) and 0 <= drop < histogram.shape[-1], f'drop {brief(drop)} is not valid; give 0 to {histogram.shape[-1] - 1}')
     return histogram[..., drop:].sum(-1)
 
 # %% ../nbs/09_erf.ipynb #df1517d4
@@ -162,7 +166,8 @@ def interval(
     level:float=.95
 ) -> tuple:  # lower, upper end
     "Percentile interval of bootstrap replicates."
-    require(len(values), 'no replicates: give bootstrap 1 or more')
+    require(isinstance(values, Tensor) and values.dim() and len(values), 'no replicates: give bootstrap 1 or more')
+    require(bool(torch.isfinite(values).all()), 'replicates are not finite'); require(is_real(level) and 0 < level < 1, f'level {brief(level)} is not valid; give a number between 0 and 1, such as .95')
     ends = torch.quantile(values.double(), torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64), 0)
     return ends[0].tolist(), ends[1].tolist()
 
@@ -190,7 +195,8 @@ def coupled_impacts(
     relu:str='after'
 ) -> tuple:  # own (B,H,W): |dy_b/dx_b| with batch statistics; running (B,H,W): with the running ones; share of |dy_b/dx| on other images
     "Each image's impact with and without batch normalisation's coupling; one backward pass an image (appendix D.3)."
-    require(len(images) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
+    choose(stage, staged(model).stages, 'stage')
+    require(len(image_batch(images)) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
     p = next(model.parameters())
     x = images.to(p.device, p.dtype, memory_format=memory_format(model))
     with frozen(model):
@@ -217,8 +223,10 @@ def calibrate(
     before, p = [m.momentum for m in norms], next(model.parameters())
     model.train()
     for m in norms: m.momentum = None; m.reset_running_stats()
-    for x in _stream(images, 64): model(x.to(p.device, p.dtype))
+    n = 0
+    for x in _stream(images, 64): model(x.to(p.device, p.dtype)); n += len(x)
     for m, momentum in zip(norms, before): m.momentum = momentum
+    require(n, 'no images: give 1 or more')
     return model.eval()
 
 # %% ../nbs/09_erf.ipynb #019a5605
@@ -256,10 +264,10 @@ def activity_table(
     part:float=.5              # of the maximum, from which a position belongs to the activated region
 ) -> pd.DataFrame:  # a row an image: positive, region, both in [0,1]
     "Share of open ReLUs and size of the activated region at the end of a stage (appendix D.3)."
-    choose(stage, model.stages, 'stage'); require(0 < part <= 1, f'part {part!r} is not valid; give a number above 0 and up to 1')
+    choose(stage, staged(model).stages, 'stage'); require(is_real(part) and 0 < part <= 1, f'part {brief(part)} is not valid; give a number above 0 and up to 1')
     p, rows = next(model.parameters()), []
     with folded(model):
-        for x, _ in loader:
+        for x, _ in loaded(loader):
             F = model.stage_features(x.to(p.device, p.dtype, memory_format=memory_format(model)), stage)
             A = F.mean(1).flatten(1)
             top = A.amax(1, keepdim=True)

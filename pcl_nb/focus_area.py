@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cam import class_activation_map, erasing_mask, normalize_map
-from .core import Progress, choose, generator, require, usable_device
+from .cam import check_maps, class_activation_map, erasing_mask, normalize_map
+from .core import InputError, Progress, brief, choose, generator, is_real, is_whole, require, usable_device
 from .data import batches, evidence, fingerprint
-from .models import StagedClassifier, folded, memory_format, parts
+from .models import StagedClassifier, folded, image_batch, loaded, memory_format, parts, staged
 from .runs import stored, val_images
 
 # %% ../nbs/08_focus_area.ipynb #4594c7de
@@ -40,7 +40,8 @@ def energy_mask(
     tau:float=.5   # share of the positive mass, in [0,1]
 ) -> Tensor:  # (B,H,W) bool
     "The smallest region that holds a share `tau` of the map's positive mass."
-    require(0 <= tau <= 1, f'tau {tau!r} is not valid; give a number from 0 to 1')
+    _check_rule('energy', tau); check_maps(maps, size)
+    require(bool(torch.isfinite(maps).all()), 'a map is not finite')
     order = _order(maps, size)
     mass = _enlarge(maps, size).flatten(1).clamp(min=0).gather(1, order).cumsum(1, dtype=torch.float64 if maps.device.type != 'mps' else torch.float32)
     k = (mass < tau*mass[:, -1:]).sum(1) + 1
@@ -55,6 +56,7 @@ def sufficient_mask(
     steps:int=8          # of the bisection: areas are found to H*W/2**steps pixels
 ) -> Tensor:  # (B,H,W) bool
     "The smallest top region found by bisection that, shown alone, keeps the prediction."
+    require(is_whole(steps) and steps >= 1, f'steps {brief(steps)} is not valid; give 1 or more')
     B, _, H, W = images.shape
     order = _order(maps, (H, W))
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(H*W, device=order.device).expand(B, -1)).view(B, H, W)
@@ -75,7 +77,7 @@ class FocusArea(NamedTuple):
 
 def _check_rule(rule, tau):
     choose(rule, RULES, 'rule')
-    require(isinstance(tau, (int, float)) and not isinstance(tau, bool) and 0 <= tau <= 1, f'tau {tau!r} is not valid; give a number from 0 to 1')
+    require(is_real(tau) and 0 <= tau <= 1, f'tau {brief(tau)} is not valid; give a number from 0 to 1')
 
 def _focus(model, images, rule, tau, stage, target, steps):
     "`focus_area` of images of one size, for a model that is folded and checked."
@@ -93,7 +95,8 @@ def region(
     steps:int=8
 ) -> Tensor:  # (B,H,W) bool
     "The region of maps that are computed already, by one of the rules."
-    _check_rule(rule, tau)
+    _check_rule(rule, tau); check_maps(maps, tuple(image_batch(images).shape[-2:]))
+    require(len(images) == len(maps) == len(prediction), f'{len(images)} images, {len(maps)} maps and {len(prediction)} predictions do not fit; give as many of each')
     if rule == 'threshold': return erasing_mask(maps, images.shape[-2:], tau=tau)[:, 0].bool()
     return energy_mask(maps, images.shape[-2:], tau) if rule == 'energy' else sufficient_mask(model, images, maps, prediction, steps)
 
@@ -111,8 +114,9 @@ def _focus_part(model, images, rule, tau, stage, target, steps):
 def _check_target(target, n, classes, device):
     "The target classes as a tensor (n,) on the device; None stays."
     if target is None: return None
-    target = torch.as_tensor(target, device=device)
-    require(target.shape == (n,) and not target.is_floating_point(), f'target {tuple(target.shape)} {target.dtype} does not fit; give one whole number for each of {n} images, or None for the prediction')
+    try: target = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError): raise InputError(f'target {brief(target)} does not fit; give one whole number for each of {n} images, or None for the prediction') from None
+    require(target.shape == (n,) and not target.is_floating_point() and target.dtype != torch.bool, f'target {tuple(target.shape)} {target.dtype} does not fit; give one whole number for each of {n} images, or None for the prediction')
     require(bool(((target >= 0) & (target < classes)).all()), f'target holds class {int(target.max())}; the network has classes 0 to {classes - 1}')
     return target.long()
 
@@ -128,13 +132,14 @@ def focus_area(
 ) -> FocusArea:
     "Focus area and coverage ratio of each image (appendix A)."
     _check_rule(rule, tau)
-    model.stage_head(stage)
+    staged(model).stage_head(stage)
+    require(isinstance(images, (Tensor, list, tuple)), f'{type(images).__name__} are no images; give a batch (B,3,H,W), or a list of (3,H,W)')
     require(len(images), 'no images: give 1 or more')
     p = next(model.parameters())
     target = _check_target(target, len(images), model.num_classes, p.device)
     if isinstance(images, Tensor):
-        require(images.dim() == 4, f'images {tuple(images.shape)} are not a batch (B,3,H,W)')
-        with folded(model): return _focus(model, images.to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, target, steps)
+        with folded(model): return _focus(model, image_batch(images).to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, target, steps)
+    for im in images: require(isinstance(im, Tensor) and im.dim() == 3, f'{tuple(im.shape) if isinstance(im, Tensor) else type(im).__name__} is not an image; give a list of (3,H,W)')
     found, sizes = [None]*len(images), [tuple(im.shape) for im in images]
     for size in dict.fromkeys(sizes):
         index = [i for i, s in enumerate(sizes) if s == size]
@@ -157,14 +162,16 @@ def coverage_table(
 ) -> pd.DataFrame:  # a row an image: label, prediction, coverage; with `area` also evidence, recall, precision
     "Coverage ratio of every image of a loader, and how it lies to the evidence; NaN where there is none to compare with."
     _check_rule(rule, tau); choose(target, ('prediction', 'truth'), 'target')
-    model.stage_head(stage)
+    staged(model).stage_head(stage)
     p, done, rows = next(model.parameters()), 0, []
     with folded(model), Progress(desc=f'focus area {rule}', unit=' images', disable=not progress, leave=False) as bar:
-        for x, y in loader:
+        for x, y in loaded(loader):
+            require(y is not None, 'the loader yields no labels; give what yields images (B,3,H,W) and labels (B,)')
             truth = _check_target(y, len(x), model.num_classes, p.device) if target == 'truth' else None
             f = _focus(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, truth, 8)
             row = dict(label=y, prediction=f.prediction, coverage=f.coverage)
             if area is not None:
+                require(area[done:done + len(x)].shape == f.mask.shape, f'area {tuple(area.shape)} does not fit the images {tuple(x.shape)} from number {done} on; give (N,H,W), in the order of the loader')
                 e = area[done:done + len(x)].to(p.device)
                 both, whole = (f.mask & e).flatten(1).sum(1), e.flatten(1).sum(1)
                 row.update(evidence=whole/e[0].numel(), recall=both/whole, precision=both/f.mask.flatten(1).sum(1))
@@ -176,14 +183,23 @@ def coverage_table(
 # %% ../nbs/08_focus_area.ipynb #5ada087b
 QUANTILES = .1, .25, .5, .75, .9
 
+def _numbers(values, dims=(1,)):
+    "Measured values in double precision; `InputError` unless there are some, all of them finite."
+    try: values = torch.as_tensor(values).double()
+    except (TypeError, ValueError, RuntimeError): raise InputError(f'{brief(values)} are not numbers') from None
+    require(values.dim() in dims and values.numel() and bool(torch.isfinite(values).all()), f"values {tuple(values.shape)} have to be one or more finite numbers{', a row an image' if 2 in dims else ''}")
+    return values
+
+def _check_count(name, v): require(is_whole(v) and 1 <= v <= 10**6, f'{name} {brief(v)} is not valid; give 1 or more, up to a million')
+
 def distribution(
     coverage:Tensor,   # (N,) in [0,1]
     bins:int=20
 ) -> Tensor:  # (bins,) share of the images, sums to 1
     "Share of images in each bin of coverage ratio; the last bin includes 1."
-    require(bins >= 1, f'bins {bins!r} is not valid; give 1 or more')
-    coverage = torch.as_tensor(coverage).double()
-    require(len(coverage) and bool(((coverage >= 0) & (coverage <= 1)).all()), 'coverage has to be one or more numbers from 0 to 1')
+    _check_count('bins', bins)
+    coverage = _numbers(coverage)
+    require(bool(((coverage >= 0) & (coverage <= 1)).all()), 'coverage has to be one or more numbers from 0 to 1')
     return torch.bincount((coverage*bins + 1e-9).long().clamp(max=bins - 1), minlength=bins)/len(coverage)
 
 def bootstrap_means(
@@ -192,7 +208,7 @@ def bootstrap_means(
     seed:int=0            # the same seed pairs networks that see the same images
 ) -> Tensor:  # (R,) or (R,K)
     "Means over images drawn again with replacement."
-    values = torch.as_tensor(values).double()
+    values = _numbers(values, (1, 2)); _check_count('replicates', replicates)
     drawn = torch.randint(len(values), (replicates, len(values)), generator=generator('bootstrap', seed))
     return values[drawn].mean(1)
 
@@ -202,7 +218,7 @@ def summary(
     seed:int=0
 ) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles, n
     "A distribution in numbers."
-    coverage = torch.as_tensor(coverage).double()
+    coverage = _numbers(coverage)
     ends = torch.quantile(bootstrap_means(coverage, replicates, seed), torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     q = torch.quantile(coverage, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return dict(mean=coverage.mean().item(), low=ends[0], high=ends[1], std=coverage.std(correction=0).item(), **{f'q{100*p:.0f}': v for p, v in zip(QUANTILES, q)}, n=len(coverage))

@@ -148,7 +148,9 @@ def hide_patches(
 ) -> Tensor:  # (B,3,H,W)
     "Draw a patch size for each image, and hide each patch of its grid with probability `drop_rate`."
     B, _, H, W = images.shape
-    for s in sizes: require(0 <= s <= min(H, W), f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
+    _check_rate('drop_rate', drop_rate)
+    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes), f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
+    for s in sizes: require(s <= min(H, W), f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
     longest, least = max(H, W), min([s for s in sizes if s], default=max(H, W))
     rank, ranks = shard()                                                            # drawn for the whole batch, whoever holds the image
     S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]      # and on the CPU: the same on every device
@@ -235,6 +237,7 @@ def fuse(
     output:str='probabilities'     # 'probabilities' or 'logits': what is averaged; 'branch_a': no fusion
 ) -> Tensor:  # (B,C), whose softmax is the fused distribution
     "One answer of two branches."
+    require(a.shape == b.shape, f'logits {tuple(a.shape)} and {tuple(b.shape)} do not fit; give two tables (B,C) of one size')
     if choose(output, OUTPUTS, 'output') == 'branch_a': return a
     return (a + b)/2 if output == 'logits' else torch.logaddexp(a.log_softmax(1), b.log_softmax(1)) - math.log(2)
 
@@ -304,6 +307,7 @@ def attention_dropout(
     threshold:float=.8      # relative to the map's maximum
 ) -> Tensor:  # (B,K,h,w)
     "F times one map for all channels: with probability `drop_rate`, once for the batch, the drop mask, else the importance map."
+    _check_rate('drop_rate', drop_rate); _check_factor('threshold', threshold)
     A = features.mean(1, keepdim=True)
     if torch.rand(()) < drop_rate: return features*(A < threshold*A.amax((-2, -1), keepdim=True))
     return features*A.sigmoid()

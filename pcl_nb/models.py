@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELU', 'ARCHS', 'TITLES', 'PUBLIC', 'PART', 'submodule', 'StagedClassifier', 'frozen', 'memory_format', 'Published',
-           'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'untouched', 'folded', 'parts']
+           'weights_dir', 'weights_file', 'public_state', 'create_model', 'wrap', 'untouched', 'folded', 'staged',
+           'image_batch', 'loaded', 'parts']
 
 # %% ../nbs/02_models.ipynb #03e27a16
 import contextlib, hashlib, http.client, os, re, urllib.request, warnings, weakref
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
 
-from .core import InputError, Progress, choose, require
+from .core import InputError, Progress, brief, choose, is_real, is_whole, require, resolve
 
 # %% ../nbs/02_models.ipynb #7078faa7
 class _Reached(Exception):
@@ -59,7 +60,8 @@ class StagedClassifier(nn.Module):
         name:str='custom'   # for messages and tables
     ):
         super().__init__()
-        require(stages, 'stages names no stage; give for example {"stage3": "layer3", "stage4": "layer4"}')
+        require(isinstance(net, nn.Module), f'{brief(net)} is not a network; give an nn.Module')
+        require(isinstance(stages, dict) and stages, 'stages names no stage; give for example {"stage3": "layer3", "stage4": "layer4"}')
         self.net, self.stages, self.name, self._head = net, dict(stages), name, head
         for stage, path in self.stages.items(): submodule(net, path, stage)
         linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
@@ -334,8 +336,10 @@ def create_model(
 ) -> StagedClassifier:
     "One of the five architectures with named stages 'stage3' and 'stage4'."
     build, stages, head = _BUILD[choose(arch, ARCHS, 'architecture')]
-    require(isinstance(num_classes, int) and num_classes >= 1, f'num_classes {num_classes!r} is not valid; give 1 or more')
-    require(isinstance(width, (int, float)) and 0 < width <= 4, f'width {width!r} is not valid; give a factor above 0 and up to 4')
+    require(is_whole(num_classes) and 1 <= num_classes <= 10**6, f'num_classes {brief(num_classes)} is not valid; give 1 or more, up to a million')
+    require(is_real(width) and 0 < width <= 4, f'width {brief(width)} is not valid; give a factor above 0 and up to 4')
+    for name, v in dict(small_input=small_input, side=side).items(): require(isinstance(v, bool), f'{name} {brief(v)} is not valid; give True or False')
+    require(weights is None or isinstance(weights, (str, os.PathLike)), f"weights {brief(weights)} are not valid; give {', '.join(PUBLIC)}, a file, or None")
     public = weights in PUBLIC
     require(not public or (width == 1 and not small_input), f'weights {weights!r} fit the published network; give width 1 and small_input False')
     model = StagedClassifier(build(PUBLIC[weights].classes if public else num_classes, width, small_input), stages, head, side, arch)
@@ -343,8 +347,8 @@ def create_model(
         _fill(model.net, public_state(weights, arch), f'{weights} weights of {arch}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
     elif weights is not None:
-        require(Path(weights).is_file(), f"weights {str(weights)!r} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
-        _fill(model, _open(weights), f'weights {str(weights)!r}')
+        require(resolve(weights).is_file(), f"weights {brief(str(weights))} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
+        _fill(model, _open(resolve(weights)), f'weights {str(weights)!r}')
     return model
 
 def _new_head(model, num_classes):
@@ -462,6 +466,25 @@ def folded(
 def _same(x): return x
 
 # %% ../nbs/02_models.ipynb #8fe3cd69
+def staged(model):
+    "The model; `InputError` if it has no stages and heads."
+    require(isinstance(model, StagedClassifier), f'{type(model).__name__} is not a StagedClassifier; create_model makes one, wrap makes one of any CNN')
+    return model
+
+def image_batch(images):
+    "The images; `InputError` if they are not a batch."
+    given = f'{tuple(images.shape)} {images.dtype}' if isinstance(images, Tensor) else brief(images)
+    require(isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == 3 and images.shape[2]*images.shape[3] and images.is_floating_point(),
+        f'images {given} are not a batch (B,3,H,W) of normalised, floating-point images')
+    return images
+
+def loaded(loader):
+    "Yields images (B,3,H,W) and labels, or None, of a loader of images or of (images, labels); checked, empty batches left out."
+    require(hasattr(loader, '__iter__') and not isinstance(loader, (str, Tensor, np.ndarray)), f'{type(loader).__name__} is not a loader; give what yields images (B,3,H,W), or images and labels')
+    for item in loader:
+        x, y = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
+        if len(image_batch(x)): yield x, y
+
 PART = 500_000     # input pixels
 
 def parts(

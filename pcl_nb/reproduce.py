@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from .claims import in_order
-from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, require, resolve, root, runs_dir, to_json, versions, write_atomic
+from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
 from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
@@ -347,6 +347,7 @@ def main(
     a = parser.parse_args(argv)
     def listed(s): return [x for x in s.replace(',', ' ').split()]
     try:
+        out_folder(a.out or '')
         if a.gallery:
             base = figures_dir('embedded').parent
             write_atomic(base/'README.md', gallery({p: base/p for p in PROFILES if p != 'smoke' and (base/p).is_dir()}).encode())

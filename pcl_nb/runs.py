@@ -21,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (PROFILES, InputError, Progress, choose, cores, digest, figures_dir, generator, integer, list_of, one_of, or_profile, out_folder, pairs, require,
+from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, generator, integer, is_whole, list_of, one_of, or_profile, out_folder, pairs, require,
     resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
@@ -120,7 +120,7 @@ def check_engine(
     kind, _, where = str(name).partition(':')
     if kind != 'dask' or not where: choose(name, ENGINES, 'engine')
     require(all(map(importlib.util.find_spec, ('dask', 'distributed'))), f'engine {name!r} needs Dask, which is not installed: pip install "dask[distributed]"')
-    require(not where.endswith('.json') or Path(where).is_file(), f'engine {name!r}: there is no file {where!r}; give the one that dask scheduler --scheduler-file wrote')
+    require(not where.endswith('.json') or resolve(where).is_file(), f'engine {brief(name)}: there is no file {brief(where)}; give the one that dask scheduler --scheduler-file wrote')
     return name
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def train_all(
     engine:str=''     # where the workers are, as in `ENGINES`; '': local
 ) -> int:  # how many had to be trained
     "Make sure that every recipe's run is stored, training in parallel what is missing; `RunsFailed` if some cannot be."
-    require(workers >= 0, f'workers {workers!r} is not valid; give 0 (one a core) or more')
+    require(is_whole(workers) and workers >= 0, f'workers {brief(workers)} is not valid; give 0 (one a core) or more')
     here = check_engine(engine) in ('', 'local')
     missing = {r.check().key: r for r in recipes if not is_trained(r)}
     if not missing: return 0

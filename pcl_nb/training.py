@@ -18,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, pairs, require, revision, runs_dir, sealed, seeded,
+from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, out_folder, pairs, require, revision, runs_dir, sealed, seeded,
     threads, to_json, unsealed, usable_device, versions, write_atomic)
 from .data import DATA, LARGEST, _check_room, base_size, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
@@ -86,7 +86,9 @@ class Recipe:
     def check(self):
         "Raise `InputError` naming the first setting that is not valid."
         self.weights == '' or choose(self.weights, (*PUBLIC, 'initial'), 'weights')
+        require(isinstance(self.options, dict) and all(isinstance(k, str) for k in self.options), f'options {brief(self.options)} are not valid; give a dict of settings of the method')
         self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture'); self.published or check_data(self.data); get_method(self.method, **self.options)
+        for name in ('small_input', 'channels_last', 'compile', 'sync_bn'): require(isinstance(getattr(self, name), bool), f'{name} {brief(getattr(self, name))} is not valid; give true or false')
         choose(self.scheme, SCHEMES, 'scheme'); self.amp == '' or choose(self.amp, ('bf16', 'fp16'), 'amp')
         for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0, accumulate=1).items():
             v = getattr(self, name)
@@ -95,6 +97,8 @@ class Recipe:
         for name in ('width', 'lr', 'momentum', 'weight_decay', 'gamma'):
             v = getattr(self, name)
             require(is_real(v) and v >= 0, f'{name} {brief(v)} is not valid; give a finite number of 0 or more')
+        require(0 < self.width <= 4, f'width {brief(self.width)} is not valid; give a factor above 0 and up to 4')
+        require(self.momentum < 1, f'momentum {brief(self.momentum)} is not valid; give 0 or more, below 1')
         require(self.published or not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more, or images that are there, as folder:PATH')
         if not self.published and is_drawn(self.data): _check_room(max(self.train, self.val), base_size(self.size))
         return self
@@ -513,6 +517,7 @@ def main(
     profile, out, device, quiet, settings = (a.pop(k) for k in ('profile', 'out', 'device', 'quiet', 'set'))
     try:
         options = pairs(' '.join(settings))
+        out_folder(out or '')
         given = {k: v for k, v in a.items() if v is not None}
         recipe = recipe_for(profile, **given, options=options)
         with process_group(device) as device: fitted = run(recipe, out, device=device, progress=not quiet)
