@@ -437,6 +437,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                  'pcl_nb.training._autocast': ('training.html#_autocast', 'pcl_nb/training.py'),
                                  'pcl_nb.training._boolean': ('training.html#_boolean', 'pcl_nb/training.py'),
                                  'pcl_nb.training._compiled': ('training.html#_compiled', 'pcl_nb/training.py'),
+                                 'pcl_nb.training._line': ('training.html#_line', 'pcl_nb/training.py'),
                                  'pcl_nb.training._locked': ('training.html#_locked', 'pcl_nb/training.py'),
                                  'pcl_nb.training._parser': ('training.html#_parser', 'pcl_nb/training.py'),
                                  'pcl_nb.training._read': ('training.html#_read', 'pcl_nb/training.py'),

@@ -13,7 +13,7 @@ __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTR
            'unreadable', 'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
-import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, shutil, sys, tempfile, time
+import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shutil, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -369,7 +369,7 @@ def _needed(name, path, what, source):
 def _torchvision(name, make):
     "A torchvision data set; its complaints in one line."
     try: return make()
-    except (RuntimeError, OSError, ValueError) as e: raise InputError(f"{name}: {str(e).splitlines()[0].split('. You can set')[0]}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e: raise InputError(f"{name}: {str(e).splitlines()[0].split('. You can set')[0]}") from None
 
 def _places365(name, path, split):
     "base, names, labels, classes of Places365; with a selection after the last @."

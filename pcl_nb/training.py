@@ -8,7 +8,7 @@ __all__ = ['SCHEMES', 'LATER', 'LOOK_EVERY', 'Scheme', 'learning_rate', 'Recipe'
            'load_run', 'run', 'main']
 
 # %% ../nbs/06_training.ipynb #e49cb882
-import argparse, contextlib, hashlib, io, json, math, os, sys, time, warnings
+import argparse, contextlib, hashlib, io, json, math, os, pickle, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -375,13 +375,17 @@ def _save(path, recipe, model, optimizer, scaler, epoch, metrics):
     torch.save(dict(key=recipe.key, epoch=epoch, metrics=metrics, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), buffer)
     write_atomic(path, sealed(buffer.getvalue()))
 
+def _line(e): return (str(e) or type(e).__name__).splitlines()[0]
+
 def _read(path, recipe):
     "A checkpoint; None where there is none that can be used."
     if not Path(path).exists(): return None
-    try: state = torch.load(io.BytesIO(unsealed(Path(path).read_bytes())), map_location='cpu', weights_only=True)
-    except Exception as e:                                                 # truncated, foreign, or not a checkpoint at all
+    try:
+        state = torch.load(io.BytesIO(unsealed(Path(path).read_bytes())), map_location='cpu', weights_only=True)
+        if not isinstance(state, dict) or {'key', 'epoch', 'metrics', 'model', 'optimizer', 'scaler'} - set(state): raise ValueError('it is no checkpoint')
+    except Exception as e:                                                 # truncated, foreign, or with code in it
         aside = set_aside(path)
-        warnings.warn(f'checkpoint {path} cannot be read ({str(e).splitlines()[0]}); set aside as {aside.name}, training starts anew')
+        warnings.warn(f'checkpoint {path} cannot be read ({_line(e)}); set aside as {aside.name}, training starts anew')
         return None
     require(state['key'] == recipe.key, f'checkpoint {str(path)!r} belongs to another recipe; give another file or remove it')
     return state
@@ -424,9 +428,9 @@ def load_run(
         if hashlib.sha256(table).hexdigest() != about['metrics_sha256']: raise BrokenRun('metrics.csv is not what was written')
         metrics = pd.read_csv(io.BytesIO(table))
         return Fitted(net.eval(), recipe, tuple(map(tuple, about['stats'])), tuple(about['classes']), metrics, about['seconds'])
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as e:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as e:
         if isinstance(e, InputError): raise
-        raise BrokenRun(str(e).splitlines()[0]) from e
+        raise BrokenRun(_line(e)) from e
 
 def run(
     recipe:Recipe,
