@@ -943,7 +943,7 @@ def pack(
     kind, where = parse_name(name)
     require(kind not in ('concept', 'packed'), f'{name} cannot be packed; give a set of image files')
     require(is_whole(edge) and edge >= 16, f'edge {brief(edge)} is not valid; give 16 pixels or more')
-    folder = resolve(out_folder(out)) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
+    folder = resolve(out_folder(str(out))) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
     require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder')
     about = dict(source=_identity(kind, where), edge=edge, format=1)
     folder.mkdir(parents=True, exist_ok=True)

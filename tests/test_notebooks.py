@@ -150,3 +150,10 @@ def test_requirement_is_pinned(requirement):
     lines = [line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if line.strip() and not line.startswith('#')]
     pins = {normal(name): version for name, version in lines}
     assert normal(requirement.name) in pins and requirement.specifier.contains(pins[normal(requirement.name)])
+
+
+def test_promises_are_held_by_tests_that_exist():
+    "What CONTRIBUTING.md promises names its tests."
+    named = re.findall(r'`(tests/\w+\.py)(?:::(\w+))?`', (ROOT/'CONTRIBUTING.md').read_text())
+    assert len(named) > 15
+    for file, test in named: assert f'def {test}(' in (ROOT/file).read_text() if test else (ROOT/file).exists(), (file, test)

@@ -126,11 +126,11 @@ def classifier(size):
 @given(maps(), st.tuples(st.integers(1, 12), st.integers(1, 12)), st.floats(0, 1), st.floats(0, 1))
 def test_focus_area_grows_and_shrinks_with_tau(m, size, a, b):
     "Coverage is a share; regions of one map lie in each other: smaller for a higher threshold, larger for a larger share of the mass. A flat map has none."
-    images, low, high = torch.zeros(len(m), 3, *size), min(a, b), max(a, b)
+    images, nobody, low, high = torch.zeros(len(m), 3, *size), torch.zeros(len(m), dtype=torch.long), min(a, b), max(a, b)
     for rule in ('threshold', 'energy'):
-        small, large = (focus_area.region(None, images, m, None, rule, tau) for tau in ((high, low) if rule == 'threshold' else (low, high)))
+        small, large = (focus_area.region(None, images, m, nobody, rule, tau) for tau in ((high, low) if rule == 'threshold' else (low, high)))
         assert small.shape == (len(m), *size) and (small <= large).all() and not large[flat(m)].any()
-    assert torch.equal(focus_area.region(None, images, m, None, 'threshold', 0.).flatten(1).all(1), ~flat(m)) and not focus_area.region(None, images, m, None, 'energy', 0.).any()
+    assert torch.equal(focus_area.region(None, images, m, nobody, 'threshold', 0.).flatten(1).all(1), ~flat(m)) and not focus_area.region(None, images, m, nobody, 'energy', 0.).any()
 
 
 @always
@@ -166,6 +166,7 @@ def test_sufficient_region_keeps_the_prediction(m, size, steps):
 @given(maps(0, 2**20, np.int64), st.integers(1, 2**10), st.integers(-2**20, 2**20), st.integers(1, 120), st.randoms(use_true_random=False))
 def test_histogram_counts_every_pixel_at_its_height(m, factor, shift, bins, random):
     "It sums to H*W, knows neither place nor positive affine maps (in whole numbers: without rounding), and a flat map is in the lowest bin."
+    m = m.double()
     h = erf.impact_histogram(m, bins)
     assert h.dtype == torch.int64 and (h >= 0).all() and (h.sum(-1) == m[0].numel()).all()
     assert torch.equal(erf.impact_histogram(m*factor + shift, bins), h)
