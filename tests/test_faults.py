@@ -79,13 +79,16 @@ def test_training_killed_at_each_write(tmp_path, undisturbed, recipe, record_pro
 
 def test_training_killed_at_random_moments(tmp_path, undisturbed):
     "Again and again, until one gets through."
-    chance, deaths = random.Random(0), 0
-    for _ in range(40):
-        process = subprocess.Popen([*CLI, '--out', tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try: process.wait(chance.uniform(2, 7))
+    begun = time.monotonic()
+    subprocess.run([*CLI, '--out', tmp_path/'whole'], cwd=ROOT, check=True, capture_output=True)
+    took, chance, deaths = time.monotonic() - begun, random.Random(0), 0
+    for _ in range(6):
+        process = subprocess.Popen([*CLI, '--out', tmp_path/'killed'], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try: process.wait(chance.uniform(.3, .7)*took)
         except subprocess.TimeoutExpired: process.kill(); process.wait(); deaths += 1
-        if (tmp_path/'run.json').exists(): break
-    assert deaths >= 2 and outcome(training.run(SLOW, tmp_path, progress=False), tmp_path) == undisturbed[SLOW.key]
+        if (tmp_path/'killed'/'run.json').exists(): break
+    assert deaths >= 1
+    assert outcome(training.run(SLOW, tmp_path/'killed', progress=False), tmp_path/'killed') == undisturbed[SLOW.key]
 
 
 def save(folder, value):
