@@ -63,6 +63,7 @@ def legacy(o):
 
 
 FORMS = dict(zip=lambda o: zipped(o).getvalue(), legacy=lambda o: legacy(o).getvalue(), pickle=lambda o: pickle.dumps(o, 2))
+each_seal = pytest.mark.parametrize('seal', [bytes, core.sealed], ids=['bare', 'sealed'])      # anybody can seal: what is under a seal is not trusted either
 each_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 
 
@@ -82,10 +83,11 @@ def run(stored, store):
 
 
 def plant(run, raw):
-    "Other weights in a stored run, with a record that vouches for them."
+    "Other weights in a stored run, with a record that vouches for them, under a seal that fits."
     (run/'weights.pt').write_bytes(raw)
-    about = json.loads((run/'run.json').read_text())
-    (run/'run.json').write_text(json.dumps(dict(about, sha256=hashlib.sha256(raw).hexdigest())))
+    about = dict(json.loads((run/'run.json').read_text()), sha256=hashlib.sha256(raw).hexdigest())
+    del about['seal']
+    (run/'run.json').write_text(json.dumps(dict(about, seal=core.digest(about, 64))))
 
 
 @each_form
@@ -104,10 +106,12 @@ def test_weights_that_are_none_are_set_aside(stored, run, raw):
     assert (run/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes()
 
 
+@each_seal
 @pytest.mark.parametrize('raw', [*(form(dict(key=QUICK.key, epoch=0, metrics=[], model=Evil(), optimizer={}, scaler={})) for form in FORMS.values()),
                                  b'', FORMS['zip']([1, 2]), FORMS['zip'](dict(key=QUICK.key))], ids=[*FORMS, 'empty', 'list', 'incomplete'])
-def test_checkpoint_runs_no_code(stored, tmp_path, raw):
+def test_checkpoint_runs_no_code(stored, tmp_path, raw, seal):
     "One that cannot be used, for this or another reason, is set aside; training starts anew and ends with the same weights."
+    raw = seal(raw)
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'checkpoint.pt').write_bytes(raw)
     with pytest.warns(UserWarning, match='cannot be read.*set aside as checkpoint.pt.broken-1'): training.run(QUICK, tmp_path/'run', device='cpu', progress=False)
@@ -145,11 +149,12 @@ def npy(array):
     return buffer.getvalue()
 
 
+@each_seal
 @pytest.mark.parametrize('raw', [npz(a=np.array([Evil()], dtype=object)), pickle.dumps(Evil()), npy(np.array([Evil()], dtype=object)), npy(np.arange(3)), b'', b'PK'],
                          ids=['objects', 'pickle', 'objects in one array', 'one array', 'empty', 'cut off'])
-def test_measurement_runs_no_code(run, raw):
+def test_measurement_runs_no_code(run, raw, seal):
     "Set aside and measured again; the one that is set aside is kept."
-    first, calls = measured(), []
+    first, calls, raw = measured(), [], seal(raw)
     [path] = run.glob('test-*.npz')
     path.write_bytes(raw)
     with pytest.warns(UserWarning, match='cannot be read.*set aside as'): again = measured(calls)
