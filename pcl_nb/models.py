@@ -440,8 +440,9 @@ def untouched(
 def _fold(conv, norm):
     "The fold of a pair; an earlier one if nothing has changed since."
     if conv.weight.device.type != 'cpu': return _Fold(conv, norm)
-    if conv not in _FOLDS or not _FOLDS[conv].holds(conv, norm): _FOLDS[conv] = _Fold(conv, norm)
-    return _FOLDS[conv]
+    kept = _FOLDS.get(conv)
+    if kept is None or not kept.holds(conv, norm): kept = _FOLDS[conv] = _Fold(conv, norm)
+    return kept
 
 @contextlib.contextmanager
 def folded(

@@ -178,9 +178,8 @@ def reproduce(
         for line in failed.values(): print(f'error: {line}', file=sys.stderr)
     for i, (job, n) in enumerate(zip(jobs, needs)):
         lacks = [failed[r.key] for r in n.values() if r.key in failed]
-        if lacks: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=f'failed: {lacks[0]}')
-    for i, (job, n) in enumerate(zip(jobs, needs)):
-        if i not in rows and up_to_date(job, n, folder): rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state='up to date')
+        state = f'failed: {lacks[0]}' if lacks else 'up to date' if up_to_date(job, n, folder) else ''
+        if state: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=state)
     bar = Progress(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress, bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     for last in (False, True):
         now = [i for i, job in enumerate(jobs) if job.last == last and i not in rows]
@@ -289,8 +288,8 @@ def report(
     folder, said, parts = Path(folder), verdicts(folder), []
     for e in entries(folder):
         pictures = ''.join(f'<p><img alt="{escape(e["caption"])}" src="data:image/png;base64,{base64.b64encode((folder/f"{p}.png").read_bytes()).decode()}"></p>' for p in e['pictures'])
-        small = [s for s in e['stems'] if len(t := pd.read_csv(folder/f'{s}.csv')) <= 60]
-        tables = ''.join(f'<details><summary>{escape(s)}.csv</summary><div class="wide">{_html_table(pd.read_csv(folder/f"{s}.csv"))}</div></details>' for s in small)
+        found = {s: pd.read_csv(folder/f'{s}.csv') for s in e['stems']}
+        tables = ''.join(f'<details><summary>{escape(s)}.csv</summary><div class="wide">{_html_table(t)}</div></details>' for s, t in found.items() if len(t) <= 60)
         notebook = Path(executed or '')/f"{e['command'].split('nbs/')[1].split('.')[0]}.ipynb"
         link = f' <a href="{escape(os.path.relpath(notebook, folder))}">executed notebook</a>' if executed and notebook.exists() else ''
         parts.append(f'<h2 id="{e["id"]}">{_title(e["id"])}: {escape(e["caption"])}</h2><p class="paper">The paper: {escape(e["paper"])}</p>{pictures}{tables}<p><code>{escape(e["command"])} -p profile {profile}</code>{link}</p>')
