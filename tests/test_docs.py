@@ -37,3 +37,10 @@ def test_links_that_lead_nowhere_are_found(site, tmp_path):
     assert broken(site) == []
     (tmp_path/'index.html').write_text('<a href="index.html#here">1</a><a id="here" href="gone.html">2</a><img src="https://example.org/x.png"><a href="#there">3</a>')
     assert broken(tmp_path) == [('index.html', 'gone.html'), ('index.html', '#there')]
+
+
+def test_what_is_no_site_is_not_replaced(tmp_path):
+    "One line, and the folder is as it was."
+    (tmp_path/'mine.txt').write_text('kept')
+    made = subprocess.run([sys.executable, ROOT/'tools'/'docs.py', tmp_path], capture_output=True, text=True)
+    assert made.returncode == 2 and made.stderr.count('\n') == 1 and 'does not exist yet' in made.stderr and (tmp_path/'mine.txt').read_text() == 'kept'

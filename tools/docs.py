@@ -124,6 +124,10 @@ def broken(site: Path) -> list:
 
 
 def main(out: Path) -> int:
+    "Build the site, check its links, put it in the place of an earlier one: the exit code."
+    if out.exists() and not (out/'searchindex.js').exists():       # it would be replaced
+        print(f'{out} is there and is no site; give a folder that does not exist yet', file=sys.stderr)
+        return 2
     warnings.filterwarnings('ignore')
     with tempfile.TemporaryDirectory() as d:
         src, site = Path(d)/'src', Path(d)/'out'/'site'
