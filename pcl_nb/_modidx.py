@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.core.unsealed': ('core.html#unsealed', 'pcl_nb/core.py'),
                              'pcl_nb.core.usable_device': ('core.html#usable_device', 'pcl_nb/core.py'),
                              'pcl_nb.core.versions': ('core.html#versions', 'pcl_nb/core.py'),
+                             'pcl_nb.core.with_earlier': ('core.html#with_earlier', 'pcl_nb/core.py'),
                              'pcl_nb.core.write_atomic': ('core.html#write_atomic', 'pcl_nb/core.py')},
             'pcl_nb.data': { 'pcl_nb.data.Files': ('data.html#files', 'pcl_nb/data.py'),
                              'pcl_nb.data.Files.__getitem__': ('data.html#files.__getitem__', 'pcl_nb/data.py'),

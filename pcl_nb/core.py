@@ -8,7 +8,7 @@ __all__ = ['PROFILES', 'InputError', 'brief', 'choose', 'require', 'root', 'runs
            'is_whole', 'is_real', 'integer', 'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'out_folder',
            'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed', 'jsonable', 'to_json',
            'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table', 'save_table',
-           'gather_results']
+           'gather_results', 'with_earlier']
 
 # %% ../nbs/00_core.ipynb #5429cafb
 import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
@@ -414,3 +414,28 @@ def gather_results(
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text()).get('settings') == json.loads(to_json(settings)): tables.append(pd.read_csv(path.with_suffix('.csv')))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+# %% ../nbs/00_core.ipynb #842a8b23
+def with_earlier(
+    folder,          # where `save_result` wrote
+    name:str,        # 'fig2'
+    table,           # DataFrame of what was obtained now
+    key:str,         # columns that say what a row is about: 'arch network'
+    settings:dict,   # what has to be the same: compared with `settings` in the JSON
+    orders={}        # column -> its values in order, for the columns of `key`; else sorted
+):  # DataFrame, sorted by `key`; where the earlier rows come from, for the JSON's `others`
+    "The rows obtained now, and those of the earlier result that are about something else."
+    import pandas as pd
+    key, path, others = key.split(), Path(folder)/f'{name}.json', []
+    def about(t): return t[key].astype(str).agg(' '.join, axis=1)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        source, old = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
+        names = about(old)
+        if source.pop('settings') == json.loads(to_json(settings)) and len(table):
+            kept = dict.fromkeys(names[~names.isin(set(about(table)))])
+            before = source.pop('others', [])
+            own = dict(source, rows=[k for k in kept if not any(k in s['rows'] for s in before)])
+            others = [s for s in (dict(s, rows=[k for k in s['rows'] if k in kept]) for s in (*before, own)) if s['rows']]
+            table = pd.concat([table, old[names.isin(kept)]], ignore_index=True)
+    places = {c: {v: i for i, v in enumerate(values)} for c, values in orders.items()}
+    return table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True) if len(table) else table, others

@@ -87,6 +87,15 @@ def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, 
     assert contents(tmp_path) == {}
 
 
+def test_one_figure_again_keeps_the_tables_whole(smoke):
+    "A run of Figure 5 alone takes no row from the tables of sizes, comparisons and claims."
+    done = papermill(NOTEBOOK, smoke.folder, profile='smoke', arch='resnet18', figures='5')
+    assert done.returncode == 0, done.stderr[-3000:]
+    now = contents(smoke.folder/'figures')
+    assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
+    assert read(smoke, 'erf_sizes_resnet18')[1]['others']
+
+
 def test_more_architectures_join_the_figure(smoke, tmp_path):
     "Two more, with the same settings: each has its figure, and all three share one."
     results = tmp_path/'figures'/'smoke'

@@ -73,6 +73,25 @@ def test_repeat_trains_nothing_and_gives_the_same_numbers(smoke):
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
 
 
+def test_part_run_again_keeps_the_rest(smoke):
+    "A run of one figure and one architecture changes no number, and says where the rows come from that it did not obtain."
+    done = papermill(NBS/'focus_area.ipynb', smoke.folder, profile='smoke', archs='shufflenet_v2_x1_5', figure='2', seeds=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    now = contents(smoke.folder/'figures')
+    assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
+    others = read(smoke, 'fig2')[1]['others']
+    assert [r for s in others for r in s['rows']] == ['resnet18 scenes', 'resnet18 pcl'] and all({'runs', 'revision', 'versions'} <= set(s) for s in others)
+
+
+def test_another_architecture_joins_the_table(smoke):
+    "Table 1 of a second architecture keeps the rows of the first."
+    before, _ = read(smoke, 'table1')
+    done = papermill(NBS/'target_class.ipynb', smoke.folder, profile='smoke', archs='shufflenet_v2_x1_5', seeds=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    now, claims = read(smoke, 'table1')[0], read(smoke, 'table1_claims')[0]
+    assert now[now.arch == 'resnet18'].reset_index(drop=True).equals(before) and set(claims.arch) == {'resnet18', 'shufflenet_v2_x1_5'}
+
+
 def test_own_images_are_shown(smoke, tmp_path):
     "Pictures of any size, by file and by folder; the project's own figure stays as it is."
     (tmp_path/'some').mkdir()
