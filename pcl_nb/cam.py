@@ -21,9 +21,11 @@ def class_activation_map(
     target:Tensor     # t (B,) int64, one class an image
 ) -> Tensor:  # A (B,h,w), raw
     "Contribution of each position to the target class's logit."
-    require(features.dim() == 4 and weight.dim() == 2 and weight.shape[1] == features.shape[1], f'features {tuple(features.shape)} and weight {tuple(weight.shape)} do not fit; give (B,K,h,w) and (C,K)')
+    require(features.dim() == 4 and weight.dim() == 2 and weight.shape[1] == features.shape[1],
+        f'features {tuple(features.shape)} and weight {tuple(weight.shape)} do not fit; give (B,K,h,w) and (C,K)')
     B, K, h, w = features.shape
-    fits = isinstance(target, Tensor) and target.shape == (B,) and target.dtype in (torch.int64, torch.int32) and (target.device.type != 'cpu' or bool(((target >= 0) & (target < len(weight))).all()))   # elsewhere a look would make the device wait
+    fits = (isinstance(target, Tensor) and target.shape == (B,) and target.dtype in (torch.int64, torch.int32)
+        and (target.device.type != 'cpu' or bool(((target >= 0) & (target < len(weight))).all())))   # elsewhere a look would make the device wait
     if not fits: raise InputError(f'target {brief(target)} does not fit; give one class, 0 to {len(weight) - 1}, for each of {B} images')
     return torch.bmm(weight[target][:, None].to(features.dtype), features.flatten(2)).view(B, h, w)
 
@@ -31,7 +33,8 @@ def normalize_map(
     maps:Tensor  # (B,h,w)
 ) -> Tensor:  # (B,h,w) in [0,1]
     "Min-max normalisation of each map; a flat map gives zeros, never NaN."
-    require(isinstance(maps, Tensor) and maps.dim() >= 2 and maps.shape[-1]*maps.shape[-2], f'maps {tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__} are not maps (B,h,w)')
+    require(isinstance(maps, Tensor) and maps.dim() >= 2 and maps.shape[-1]*maps.shape[-2],
+        f'maps {tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__} are not maps (B,h,w)')
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     span = high - low
     return torch.where(span > 0, (maps - low)/torch.where(span > 0, span, 1), 0)
@@ -41,8 +44,10 @@ MASKS = 'hard', 'soft'
 
 def check_maps(maps, size):
     "`InputError` unless these are maps, and the size of an image."
-    require(isinstance(maps, Tensor) and maps.dim() == 3 and maps.shape[1]*maps.shape[2], f'maps {tuple(maps.shape) if isinstance(maps, Tensor) else brief(maps)} are not maps (B,h,w)')
-    require(isinstance(size, (tuple, list)) and len(size) == 2 and all(is_whole(s) and s >= 1 for s in size), f'size {brief(size)} is not valid; give height and width in pixels')
+    require(isinstance(maps, Tensor) and maps.dim() == 3 and maps.shape[1]*maps.shape[2],
+        f'maps {tuple(maps.shape) if isinstance(maps, Tensor) else brief(maps)} are not maps (B,h,w)')
+    require(isinstance(size, (tuple, list)) and len(size) == 2 and all(is_whole(s) and s >= 1 for s in size),
+        f'size {brief(size)} is not valid; give height and width in pixels')
 
 def erasing_mask(
     maps:Tensor,         # raw CAM (B,h,w)
@@ -71,7 +76,8 @@ def erase(
     stats=None         # mean, std of the normalisation, in [0,1]; needed for 'black'
 ) -> Tensor:  # I* (B,3,H,W)
     "The images without the masked region."
-    fits = isinstance(mask, Tensor) and mask.dim() == images.dim() == 4 and len(mask) in (1, len(images)) and mask.shape[1] in (1, images.shape[1]) and mask.shape[2:] == images.shape[2:]
+    fits = (isinstance(mask, Tensor) and mask.dim() == images.dim() == 4 and len(mask) in (1, len(images))
+        and mask.shape[1] in (1, images.shape[1]) and mask.shape[2:] == images.shape[2:])
     require(fits, f'mask {tuple(mask.shape) if isinstance(mask, Tensor) else brief(mask)} does not fit images {tuple(images.shape)}; give (B,1,H,W)')
     kept = images*(1 - mask)
     if choose(fill, FILLS, 'fill') == 'mean': return kept

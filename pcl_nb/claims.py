@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'ENLARGED_BY_S4', 'MOST', 'CHANGE', 'Part', 'verdict', 'joint_verdict', 'erf_claims_of', 'erf_pairs',
-           'judge', 'in_order', 'judge_erf', 'focus_claims_of', 'relative', 'draws', 't_interval',
+           'judge', 'in_order', 'to_read', 'judge_erf', 'focus_claims_of', 'relative', 'draws', 't_interval',
            'difference_interval', 'judge_repeats', 'judge_gains', 'judge_target', 'share_interval', 'judge_images',
            'activity_claims_of', 'judge_shrinking']
 
@@ -38,7 +38,8 @@ def verdict(
     "The rule of this chapter for one part."
     require(low <= high, f'interval {low} to {high} is not one')
     if sign == '>': return 'supported' if low > 0 else 'contradicted' if high < 0 else 'inconclusive'
-    if sign == '=': return 'supported' if -margin <= low and high <= margin else 'contradicted' if low > margin or high < -margin else 'inconclusive'
+    if sign == '=':
+        return 'supported' if -margin <= low and high <= margin else 'contradicted' if low > margin or high < -margin else 'inconclusive'
     return 'contradicted' if low > 0 else 'supported' if high <= margin else 'inconclusive'
 
 def joint_verdict(
@@ -58,7 +59,8 @@ def erf_claims_of(
     "C9 to C15 as parts."
     s4 = '>' if arch in ENLARGED_BY_S4 else '<='
     return {
-        'C9':  ('small at initialisation, grows with training', (Part('scenes', 'init', 'stage4'), Part('objects', 'init', 'stage4')), 'fig5, fig6'),
+        'C9':  ('small at initialisation, grows with training', (Part('scenes', 'init', 'stage4'), Part('objects', 'init', 'stage4')),
+            'fig5, fig6'),
         'C10': ('scene training gives a larger ERF than object training', (Part('scenes', 'objects', 'stage4'),), 'fig6'),
         'C12': ('PCL enlarges the ERF at stage 3', (Part('pcl', 'scenes', 'stage3'),), 'fig7'),
         'C13': ('IPC enlarges it more than CPC; IPC, side loss and final do not differ',
@@ -77,7 +79,8 @@ def erf_pairs(
 def _numbers(row):
     "A comparison in words."
     if row is None: return 'not measured'
-    return f'{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]' + ('' if getattr(row, 'learned', True) else ' (a network that has learned nothing)')
+    return (f'{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]'
+        + ('' if getattr(row, 'learned', True) else ' (a network that has learned nothing)'))
 
 def judge(
     comparisons:pd.DataFrame,   # arch, a, b, stage, difference, low, high: relative differences; learned (optional): both networks have
@@ -99,7 +102,14 @@ def in_order(
     verdicts:pd.DataFrame   # arch, claim, ...
 ) -> pd.DataFrame:
     "By architecture, then by the claim's number."
-    return verdicts.sort_values(['arch', 'claim'], key=lambda c: c.str.extract(r'(\d+)', expand=False).astype(int) if c.name == 'claim' else c, kind='stable').reset_index(drop=True)
+    return verdicts.sort_values(['arch', 'claim'],
+        key=lambda c: c.str.extract(r'(\d+)', expand=False).astype(int) if c.name == 'claim' else c, kind='stable').reset_index(drop=True)
+
+def to_read(
+    verdicts:pd.DataFrame   # as of `judge`
+):  # what a notebook shows
+    "A table of verdicts whose texts can be read: left, in several lines, without numbers of rows."
+    return verdicts.style.hide(axis='index').set_properties(**{'text-align': 'left', 'white-space': 'normal'})
 
 def judge_erf(
     comparisons:pd.DataFrame,   # as in `judge`: relative differences of ERF sizes
@@ -108,7 +118,8 @@ def judge_erf(
     "C9 to C15 for every architecture of the table."
     found = comparisons[(comparisons.a == 'scenes') & (comparisons.b == 'objects') & (comparisons.stage == 'stage4')].set_index('arch')
     about = [dict(arch=arch, claim='C11', says='the difference of C10 shrinks in ResNet50', verdict='compares architectures', figure='fig6',
-        evidence=f'scenes - objects at stage4: {_numbers(found.loc[arch] if arch in found.index else None)}') for arch in dict.fromkeys(comparisons.arch)]
+        evidence=f'scenes - objects at stage4: {_numbers(found.loc[arch] if arch in found.index else None)}')
+        for arch in dict.fromkeys(comparisons.arch)]
     return in_order(pd.concat([judge(comparisons, erf_claims_of, margin), pd.DataFrame(about)], ignore_index=True))
 
 # %% ../nbs/11_claims.ipynb #9bde9eb1
@@ -119,7 +130,8 @@ def focus_claims_of(
     one = {'C3': ('PCL shifts the focus area to larger areas', (Part('pcl', 'scenes', 'focus'),), 'fig2')}
     return one if not arch.startswith('resnet') else {
         **one,
-        'C5': ('of the loss items, IPC alone enlarges the focus area most', tuple(Part('ipc', b, 'focus') for b in ('scenes', 'side', 'cpc', 'pcl')), 'fig3'),
+        'C5': ('of the loss items, IPC alone enlarges the focus area most',
+            tuple(Part('ipc', b, 'focus') for b in ('scenes', 'side', 'cpc', 'pcl')), 'fig3'),
         'C6': ('IPC and CPC together classify best', tuple(Part('pcl', b, 'accuracy') for b in ('scenes', 'side', 'cpc', 'ipc')), 'fig3'),
     }
 
@@ -174,13 +186,15 @@ def judge_repeats(
     "C1 and C2 from repeated runs of two training schemes."
     rows = []
     for arch, table in means.groupby('arch', sort=False):
-        runs = {d: [t[t.scheme == s].sort_values('seed')['mean'].to_numpy() for s in ('complex', 'simple')] for d, t in table.groupby('data')}
+        runs = {d: [t[t.scheme == s].sort_values('seed')['mean'].to_numpy() for s in ('complex', 'simple')]
+            for d, t in table.groupby('data')}
         a, b = runs['scenes']
         df, d = len(a) + len(b) - 2, abs(a.mean() - b.mean())
         if df > 0 and d > 0:
             s = ((((a - a.mean())**2).sum() + ((b - b.mean())**2).sum())/df)**.5
             low, high = (s*(df/stats.chi2.ppf(q, df))**.5/d for q in (.975, .025))
-            said, text = 'supported' if high < 1 else 'contradicted' if low > 1 else 'inconclusive', f'deviation of a run / difference of the schemes: {s/d:.2f} [{low:.2f}, {high:.2f}], {len(a)} runs each'
+            said, text = ('supported' if high < 1 else 'contradicted' if low > 1 else 'inconclusive',
+                f'deviation of a run / difference of the schemes: {s/d:.2f} [{low:.2f}, {high:.2f}], {len(a)} runs each')
         else: said, text = 'inconclusive', 'one run of each scheme says nothing about their spread'
         rows.append(dict(arch=arch, claim='C1', says='the focus area is stable over runs', evidence=text, verdict=said, figure='fig1'))
         if 'objects' in runs:
@@ -188,7 +202,8 @@ def judge_repeats(
             signs = {n: 1 if low > 0 else -1 if high < 0 else 0 for n, (_, low, high) in parts.items()}
             said = 'inconclusive' if 0 in signs.values() else 'supported' if signs['scenes'] == signs['objects'] else 'contradicted'
             text = '; '.join(f'complex - simple on {n}: {m:+.3f} [{l:+.3f}, {h:+.3f}]' for n, (m, l, h) in parts.items())
-            rows.append(dict(arch=arch, claim='C2', says='the comparison of the schemes is the same on objects', evidence=text, verdict=said, figure='fig1'))
+            rows.append(dict(arch=arch, claim='C2', says='the comparison of the schemes is the same on objects', evidence=text,
+                verdict=said, figure='fig1'))
     return pd.DataFrame(rows)
 
 MOST = 'resnet34', 'densenet121'       # C4
@@ -204,7 +219,8 @@ def judge_gains(
         if ours.low.min() > others.high.max(): said = 'supported'
         elif ours.high.min() < others.low.max(): said = 'contradicted'
     text = '; '.join(f'{a}: {_numbers(r)}' for a, r in t.iterrows())
-    return pd.DataFrame([dict(arch='all', claim='C4', says='the gain is largest for ResNet34 and DenseNet121', evidence=text, verdict=said, figure='fig2')])
+    return pd.DataFrame([dict(arch='all', claim='C4', says='the gain is largest for ResNet34 and DenseNet121', evidence=text, verdict=said,
+        figure='fig2')])
 
 def judge_target(
     runs:pd.DataFrame   # arch, seed, target ('truth' or 'prediction'), top1
@@ -214,8 +230,10 @@ def judge_target(
     for arch, t in runs.groupby('arch', sort=False):
         by = t.pivot(index='seed', columns='target', values='top1').dropna()
         d, low, high = t_interval(by.prediction - by.truth)
-        rows.append(dict(arch=arch, claim='C8', says='the prediction is a better target class than the ground truth', difference=d, low=low, high=high, n=len(by),
-            evidence=f'prediction - truth: {100*d:+.2f} points [{100*low:+.2f}, {100*high:+.2f}], {len(by)} paired runs', verdict=verdict(low, high), figure='table1'))
+        rows.append(dict(arch=arch, claim='C8', says='the prediction is a better target class than the ground truth', difference=d, low=low,
+            high=high, n=len(by),
+            evidence=f'prediction - truth: {100*d:+.2f} points [{100*low:+.2f}, {100*high:+.2f}], {len(by)} paired runs',
+            verdict=verdict(low, high), figure='table1'))
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_claims.ipynb #66e25650
@@ -237,10 +255,13 @@ def judge_images(
     baseline:pd.DataFrame, pcl:pd.DataFrame          # prediction, coverage: of the same images
 ) -> pd.DataFrame:  # as `judge`
     "C7: single images can shrink, and enlargement can mislead."
-    change, only = pcl.coverage.to_numpy() - baseline.coverage.to_numpy(), (baseline.prediction.to_numpy() == label) & (pcl.prediction.to_numpy() != label)
+    change, only = (pcl.coverage.to_numpy() - baseline.coverage.to_numpy(),
+        (baseline.prediction.to_numpy() == label) & (pcl.prediction.to_numpy() != label))
     kinds = {'shrink': (change <= -CHANGE).sum(), 'right only with the baseline although enlarged': (only & (change >= CHANGE)).sum()}
-    text = '; '.join(f'{k}: {n} of {len(label)} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, len(label))) for k, n in kinds.items())
-    return pd.DataFrame([dict(arch=arch, claim='C7', says='single images can shrink, and enlargement can bring in confusing features', evidence=text, verdict='supported' if all(kinds.values()) else 'contradicted', figure='fig4')])
+    text = '; '.join(f'{k}: {n} of {len(label)} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, len(label)))
+        for k, n in kinds.items())
+    return pd.DataFrame([dict(arch=arch, claim='C7', says='single images can shrink, and enlargement can bring in confusing features',
+        evidence=text, verdict='supported' if all(kinds.values()) else 'contradicted', figure='fig4')])
 
 # %% ../nbs/11_claims.ipynb #925be805
 def activity_claims_of(
@@ -248,8 +269,10 @@ def activity_claims_of(
 ) -> dict:  # id -> (what is claimed, parts, figure)
     "C15 and C16 as parts."
     return {
-        'C15': ('it does not depend on batch statistics', tuple(Part(f'{n}, batch statistics', n, 'stage4', '=') for n in ('objects', 'scenes', 'pcl')), 'table'),
-        'C16': ('scene networks activate larger regions (higher P(x_c > 0))', (Part('scenes', 'objects', 'positive'), Part('scenes', 'objects', 'region')), 'relu_activity'),
+        'C15': ('it does not depend on batch statistics',
+            tuple(Part(f'{n}, batch statistics', n, 'stage4', '=') for n in ('objects', 'scenes', 'pcl')), 'table'),
+        'C16': ('scene networks activate larger regions (higher P(x_c > 0))',
+            (Part('scenes', 'objects', 'positive'), Part('scenes', 'objects', 'region')), 'relu_activity'),
     }
 
 # %% ../nbs/11_claims.ipynb #fff22871
@@ -258,11 +281,13 @@ def judge_shrinking(
     wide='resnet50'             # whose output dimension is large
 ) -> pd.DataFrame:  # as `judge`, one row for all architectures
     "C11: the difference between scene and object networks shrinks when the output dimension is large."
-    t = comparisons[(comparisons.a == 'scenes') & (comparisons.b == 'objects') & (comparisons.stage == 'stage4')].drop_duplicates('arch').set_index('arch')
+    t = comparisons[(comparisons.a == 'scenes') & (comparisons.b == 'objects')
+        & (comparisons.stage == 'stage4')].drop_duplicates('arch').set_index('arch')
     t, said = t[t.get('learned', pd.Series(True, t.index)).astype(bool)], 'inconclusive'
     if wide in t.index and len(t) > 1:
         one, others = t.loc[wide], t.drop(wide)
         if one.high < others.low.min(): said = 'supported'
         elif one.low > others.high.min(): said = 'contradicted'
     text = '; '.join(f'{a}: {_numbers(r)}' for a, r in t.iterrows()) or 'not measured'
-    return pd.DataFrame([dict(arch='all', claim='C11', says='the difference of C10 shrinks in ResNet50', evidence=text, verdict=said, figure='fig6')])
+    return pd.DataFrame([dict(arch='all', claim='C11', says='the difference of C10 shrinks in ResNet50', evidence=text, verdict=said,
+        figure='fig6')])

@@ -63,16 +63,22 @@ def root(
     found = [p for p in (here, *Path.cwd().parents, Path.cwd()) if (p/'settings.ini').exists() and (p/'pcl_nb').exists()]
     return found[0] if found else Path.cwd()
 
+def _place(variable, name):
+    given = os.environ.get(variable)
+    require(not given or not os.path.isfile(given), f'${variable} {brief(given)} is a file; give a folder')
+    return Path(given or root()/name)
+
 def runs_dir(
 ) -> Path:
     "Where trained models are kept: `$PCL_NB_RUNS`, or `runs/` of the project."
-    return Path(os.environ.get('PCL_NB_RUNS') or root()/'runs')
+    return _place('PCL_NB_RUNS', 'runs')
 
 def figures_dir(
     profile:str  # profile whose results these are
 ) -> Path:
     "Where results go: `$PCL_NB_FIGURES`, or `figures/` of the project; one folder a profile."
-    return Path(os.environ.get('PCL_NB_FIGURES') or root()/'figures')/profile
+    require(isinstance(profile, str), f'profile {brief(profile)} is not a name')
+    return _place('PCL_NB_FIGURES', 'figures')/profile
 
 def resolve(
     path:str  # as a user typed it: relative to the current folder, or to the project's
@@ -121,7 +127,8 @@ def usable_device(
     "The device, if this machine has it; `InputError` if not."
     there = ', '.join(n for n, ok in dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).items() if ok)
     try: found = torch.empty(0, device=default_device() if device is None or device == '' else device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise InputError(f'device {brief(str(device))} cannot be used here: {str(e).splitlines()[0][:120]}; valid: {there}') from None
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
+        raise InputError(f'device {brief(str(device))} cannot be used here: {str(e).splitlines()[0][:120]}; valid: {there}') from None
     require(found.type != 'meta', f'device {brief(str(device))} cannot be used here: it holds no numbers; valid: {there}')
     return found
 
@@ -159,8 +166,10 @@ class Profile:
 
 PROFILES = {
     'smoke':    Profile(size=28, width=.25, small_input=True, train=64, val=64, epochs=1, batch=16, lr=.05, images=16, bootstrap=20),
-    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200, lr_of=(('resnet34', .02), ('resnet50', .01))),
-    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200, lr_of=(('resnet34', .02), ('resnet50', .01))),
+    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200,
+        lr_of=(('resnet34', .02), ('resnet50', .01))),
+    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200,
+        lr_of=(('resnet34', .02), ('resnet50', .01))),
     'public':   Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=0, batch=64, lr=.1, images=1000, bootstrap=200),
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }
@@ -183,7 +192,8 @@ def integer(
 ):
     "A check: a whole number from `low` to `high`."
     def check(value):
-        require(is_whole(value) and low <= value <= high, f'{brief(value)} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up'))
+        require(is_whole(value) and low <= value <= high,
+            f'{brief(value)} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up'))
         return value
     return check
 
@@ -193,7 +203,8 @@ def number(
 ):
     "A check: a finite number from `low` to `high`."
     def check(value):
-        require(is_real(value) and low <= value <= high, f'{brief(value)} is not a number from {low}' + (f' to {high}' if high < math.inf else ' up'))
+        require(is_real(value) and low <= value <= high,
+            f'{brief(value)} is not a number from {low}' + (f' to {high}' if high < math.inf else ' up'))
         return value
     return check
 
@@ -349,8 +360,10 @@ def hardware(
 ) -> dict:  # processor, cores, memory_gb; gpu where there is one
     "The machine, for results that are about speed."
     def first(path, key):
-        with contextlib.suppress(OSError): return next((l.split(':', 1)[1].strip() for l in Path(path).read_text().splitlines() if l.startswith(key)), None)
-    found = dict(processor=first('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), cores=cores(), memory_gb=int((first('/proc/meminfo', 'MemTotal') or '0').split()[0])//2**20)
+        with contextlib.suppress(OSError):
+            return next((l.split(':', 1)[1].strip() for l in Path(path).read_text().splitlines() if l.startswith(key)), None)
+    found = dict(processor=first('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), cores=cores(),
+        memory_gb=int((first('/proc/meminfo', 'MemTotal') or '0').split()[0])//2**20)
     return dict(found, gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else found
 
 def revision(
@@ -412,7 +425,8 @@ def gather_results(
     tables = []
     for path in (Path(folder)/f'{name}_{arch}.json' for arch in archs):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text()).get('settings') == json.loads(to_json(settings)): tables.append(pd.read_csv(path.with_suffix('.csv')))
+            if json.loads(path.read_text()).get('settings') == json.loads(to_json(settings)):
+                tables.append(pd.read_csv(path.with_suffix('.csv')))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../nbs/00_core.ipynb #842a8b23
@@ -438,4 +452,5 @@ def with_earlier(
             others = [s for s in (dict(s, rows=[k for k in s['rows'] if k in kept]) for s in (*before, own)) if s['rows']]
             table = pd.concat([table, old[names.isin(kept)]], ignore_index=True)
     places = {c: {v: i for i, v in enumerate(values)} for c, values in orders.items()}
-    return table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True) if len(table) else table, others
+    return (table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True) if len(table)
+        else table, others)

@@ -78,7 +78,9 @@ def sprite(
 ) -> np.ndarray:  # (px,px,5) int32, subpixels in each slot, summing to 16; slot 0 is transparent
     "A drawing at one size and pose."
     choose(concept, CONCEPTS, 'concept'); require(is_whole(px) and px >= 1, f'px {brief(px)} is not valid; give 1 pixel or more')
-    for name, v, valid in (('flip', flip, (0, 1)), ('tilt', tilt, range(len(TILTS))), ('stretch', stretch, range(len(STRETCHES))), ('shuffle', shuffle, range(-1, len(SHUFFLES)))): choose(v, valid, name)
+    for name, v, valid in (('flip', flip, (0, 1)), ('tilt', tilt, range(len(TILTS))), ('stretch', stretch, range(len(STRETCHES))),
+            ('shuffle', shuffle, range(-1, len(SHUFFLES)))):
+        choose(v, valid, name)
     cos, sin, over = TILTS[tilt]
     wide, high = STRETCHES[stretch]
     n = SUB*px
@@ -128,7 +130,8 @@ TYPICAL = {     # concept -> hues of slot 1, of slot 2: indices into `HUES`
     'desk': ((0, 1, 11), (1, 2)), 'monitor': ((6, 7, 8), (5, 6)), 'shelf': ((0, 1, 11), (3, 6)), 'sofa': ((0, 9, 10), (2, 7)),
     'television': ((1, 7, 8), (5, 6)), 'lamp': ((1, 2, 10), (1, 2)), 'bed': ((6, 7, 9), (2, 10)), 'stove': ((0, 5, 6), (0, 1)),
     'fridge': ((5, 6, 10), (5, 6)), 'plant': ((0, 1, 11), (3, 4, 5)), 'tree': ((11, 11), (2, 3, 4)), 'car': ((0, 2, 7), (5, 6)),
-    'bench': ((3, 8, 11), (1, 2)), 'house': ((1, 2, 10), (0, 8, 11)), 'traffic_light': ((0, 1, 10), (3, 4, 5)), 'umbrella': ((2, 8, 9), (3, 6, 7))}
+    'bench': ((3, 8, 11), (1, 2)), 'house': ((1, 2, 10), (0, 8, 11)), 'traffic_light': ((0, 1, 10), (3, 4, 5)),
+    'umbrella': ((2, 8, 9), (3, 6, 7))}
 UNIT = 1024        # positions and sizes are drawn in 1/1024 of the image
 CLUTTER = 255      # mark of scrambled drawings in `where`
 NAMES, SCENE_NAMES = tuple(CONCEPTS), tuple(SCENES)
@@ -183,12 +186,14 @@ class ImageSet:
 MAX_BYTES = 8 << 30     # decoded images that may stay in memory
 LARGEST = 4096          # input height and width of a network, pixels
 
-def _check_size(size, least=1): require(is_whole(size) and least <= size <= LARGEST, f'size {brief(size)} is not valid; give {least} to {LARGEST} pixels')
+def _check_size(size, least=1):
+    require(is_whole(size) and least <= size <= LARGEST, f'size {brief(size)} is not valid; give {least} to {LARGEST} pixels')
 
 def _check_room(n, px):
     "`InputError` for more concept images than there may be."
     need = 4*px**2*n
-    require(need <= MAX_BYTES, f'{n:,} images of {px} x {px} pixels need {need/2**30:,.0f} GB of memory, {MAX_BYTES >> 30} GB is the limit; give fewer images or a smaller size')
+    require(need <= MAX_BYTES,
+        f'{n:,} images of {px} x {px} pixels need {need/2**30:,.0f} GB of memory, {MAX_BYTES >> 30} GB is the limit; give fewer images or a smaller size')
 
 def draw_concepts(
     kind:str,     # 'scenes' or 'objects'
@@ -199,7 +204,8 @@ def draw_concepts(
 ) -> ImageSet:
     "`n` images of the concept data; image i is the same whatever `n` is."
     choose(kind, ('scenes', 'objects'), 'kind of concept data'); choose(split, ('train', 'val'), 'split')
-    require(is_whole(n) and n >= 1, f'n {brief(n)} is not valid; give 1 image or more'); require(is_whole(px) and px >= 16, f'px {brief(px)} is not valid; give 16 pixels or more')
+    require(is_whole(n) and n >= 1, f'n {brief(n)} is not valid; give 1 image or more')
+    require(is_whole(px) and px >= 16, f'px {brief(px)} is not valid; give 16 pixels or more')
     require(is_whole(seed) and seed >= 0, f'seed {brief(seed)} is not valid; give a whole number of 0 or more')
     _check_room(n, px)
     classes = SCENE_NAMES if kind == 'scenes' else NAMES
@@ -220,11 +226,13 @@ def _left_out(path):
 def _class_folders(path, split):
     "name -> image files of one split, checked."
     base = Path(path)/split
-    require(Path(path).is_dir(), f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
+    require(Path(path).is_dir(),
+        f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
     require(base.is_dir(), f'folder {str(path)!r} has no {split}/; it needs train/ and val/ with one folder a class')
     for d in base.iterdir(): require(not d.is_symlink() or d.exists(), f'{str(d)!r} is a link that leads nowhere; remove it')
     skip = _left_out(path)
-    found = {d.name: sorted(f for f in d.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and f not in skip) for d in sorted(base.iterdir()) if d.is_dir()}
+    found = {d.name: sorted(f for f in d.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and f not in skip)
+        for d in sorted(base.iterdir()) if d.is_dir()}
     require(found, f'folder {str(base)!r} is empty; it needs one folder of images a class')
     for name, files in found.items():
         require(files, f'class folder {str(base/name)!r} holds no image; endings read: {" ".join(IMG_EXTENSIONS)}')
@@ -250,7 +258,8 @@ def folder_files(
 def _readable(path):
     "`InputError` names a file that is not an image, or not all of one."
     try: yield
-    except UnidentifiedImageError: raise InputError(f'{brief(str(path), 300)} is not an image that can be read: none of the formats known') from None
+    except UnidentifiedImageError:
+        raise InputError(f'{brief(str(path), 300)} is not an image that can be read: none of the formats known') from None
     except Exception as e:                                               # decoders meet bytes that mean nothing in many ways
         raise InputError(f"{brief(str(path), 300)} is not an image that can be read: {' '.join(str(getattr(e, 'strerror', None) or e).split()) or type(e).__name__}") from None
 
@@ -340,9 +349,11 @@ def load_folder(
     try:
         if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
         with ThreadPoolExecutor(cores()) as pool:
-            bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False, disable=None if progress else True)
+            bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False,
+                disable=None if progress else True)
             images = list(bar)
-    except InputError as e: raise InputError(f'{e}; mend it, or leave out all such files: python -m pcl_nb.data check "folder:{path}" --skip') from None
+    except InputError as e:
+        raise InputError(f'{e}; mend it, or leave out all such files: python -m pcl_nb.data check "folder:{path}" --skip') from None
     if len({im.shape for im in images}) == 1: images = torch.stack(images)
     return ImageSet(images, torch.tensor(labels), classes)
 
@@ -355,7 +366,8 @@ def _published_path(name, path):
     folder, selection = PUBLISHED[name]
     if name == 'places365-small' and '@' in path:
         path, given = path.rsplit('@', 1)
-        require(given.isdigit() or given.endswith('.txt'), f'{name}: {given!r} after @ is neither a number of images a class nor a LIST.txt')
+        require(given.isdigit() or given.endswith('.txt'),
+            f'{name}: {given!r} after @ is neither a number of images a class nor a LIST.txt')
         selection = f'@{given}'
     if not path:
         base = os.environ.get('PCL_NB_DATA')
@@ -364,12 +376,14 @@ def _published_path(name, path):
 
 def _needed(name, path, what, source):
     "`InputError` if a part of a published set is missing."
-    require((Path(path)/what).exists(), f"{name}: {what} is missing in {str(path)!r}; place it there (from {source}), or name another folder as {name}:PATH")
+    require((Path(path)/what).exists(),
+        f"{name}: {what} is missing in {str(path)!r}; place it there (from {source}), or name another folder as {name}:PATH")
 
 def _torchvision(name, make):
     "A torchvision data set; its complaints in one line."
     try: return make()
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e: raise InputError(f"{name}: {str(e).splitlines()[0].split('. You can set')[0]}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        raise InputError(f"{name}: {str(e).splitlines()[0].split('. You can set')[0]}") from None
 
 def _places365(name, path, split):
     "base, names, labels, classes of Places365; with a selection after the last @."
@@ -378,7 +392,8 @@ def _places365(name, path, split):
     part = dict(train='train-standard', val='val')[split]
     lists, (archive, _) = Places365._DEVKIT_META['standard'][0], Places365._IMAGES_META[part, small]
     for file in (Places365._CATEGORIES_META[0], Places365._FILE_LIST_META[part][0]): _needed(name, path, file, lists)
-    folder = {('train', False): 'data_large_standard', ('train', True): 'data_256_standard', ('val', False): 'val_large', ('val', True): 'val_256'}[split, small]
+    folder = {('train', False): 'data_large_standard', ('train', True): 'data_256_standard', ('val', False): 'val_large',
+        ('val', True): 'val_256'}[split, small]
     _needed(name, path, folder, archive + (f", which unpacks as {folder.rsplit('_', 1)[0]}: rename it" if split == 'train' else ''))
     d = _torchvision(name, lambda: Places365(path, part, small=small))
     classes = sorted(d.class_to_idx, key=d.class_to_idx.get)                  # torchvision's `classes` are in alphabetical order
@@ -397,7 +412,8 @@ def _read_list(name, file, known, classes):
         path, *label = line.split()
         names.append(path.lstrip('/'))
         label = label[0] if label else known.get(names[-1], 'none, and it is not in the official list')
-        require(str(label).isdigit() and int(label) < classes, f'{name}: {file.name} line {n}: label of {path} is {label}; valid: 0 to {classes - 1}')
+        require(str(label).isdigit() and int(label) < classes,
+            f'{name}: {file.name} line {n}: label of {path} is {label}; valid: 0 to {classes - 1}')
         labels.append(int(label))
     require(names, f'{name}: list file {str(file)!r} names no image')
     return names, labels
@@ -432,7 +448,8 @@ def _listed(kind, where, split, n):
     base, names, labels, classes, each = (_imagenet if kind == 'imagenet' else _places365)(kind, where, split)
     order = _share(np.asarray(labels), n, len(classes), each)
     files = Files(base, [names[i] for i in order])
-    for i in even_sample(len(files), 100): require(os.path.exists(files.path(i)), f'{kind}: {files.path(i)!r} is listed but missing; unpack its archive again')
+    for i in even_sample(len(files), 100):
+        require(os.path.exists(files.path(i)), f'{kind}: {files.path(i)!r} is listed but missing; unpack its archive again')
     return files, torch.as_tensor(labels)[torch.from_numpy(order)], classes
 
 # %% ../nbs/01_data.ipynb #33b76619
@@ -465,7 +482,8 @@ def count(
     if found := stands_in(name): return min(train or found[0], found[0]), min(val or found[1], found[1]), found[2]
     if kind == 'packed':
         index = read_index(where)
-        train, val = (len(_share(np.array(index['splits'][s]['labels']), n, len(index['classes']))) for s, n in (('train', train), ('val', val)))
+        train, val = (len(_share(np.array(index['splits'][s]['labels']), n, len(index['classes'])))
+            for s, n in (('train', train), ('val', val)))
         return train, val, len(index['classes'])
     (train, _, classes), (val, _, _) = (_listed(kind, where, s, n) for s, n in (('train', train), ('val', val)))
     return len(train), len(val), len(classes)
@@ -509,7 +527,8 @@ def _found(name, size):
     if kind in ('concept', 'packed'): return kind, where
     there = Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{base_size(size)}'
     if not (there/'index.json').exists(): return kind, where
-    require(read_index(there)['source'] == _identity(kind, where), f'{str(there)!r} was packed from other images than {name} has now; remove it and pack again')
+    require(read_index(there)['source'] == _identity(kind, where),
+        f'{str(there)!r} was packed from other images than {name} has now; remove it and pack again')
     return 'packed', there
 
 def base_size(
@@ -692,15 +711,18 @@ def check_stats(
     stats  # mean, std: each 3 numbers
 ):
     "The statistics of a normalisation; `InputError` if they are none."
-    valid = isinstance(stats, (tuple, list)) and len(stats) == 2 and all(isinstance(s, (tuple, list)) and len(s) == 3 and all(map(is_real, s)) for s in stats) and min(stats[1]) > 0
+    valid = (isinstance(stats, (tuple, list)) and len(stats) == 2
+        and all(isinstance(s, (tuple, list)) and len(s) == 3 and all(map(is_real, s)) for s in stats) and min(stats[1]) > 0)
     require(valid, f'stats {brief(stats)} are not valid; give mean and standard deviation, the latter above 0, of three channels')
     return stats
 
 def _check_index(index, n):
     "Numbers of images, of `n` that there are, as a tensor."
     try: index = torch.as_tensor(index)
-    except (TypeError, ValueError, RuntimeError): raise InputError(f'index {brief(index)} is not valid; give whole numbers from 0 to {n - 1}') from None
-    whole = index.dim() == 1 and (not len(index) or not index.is_floating_point() and index.dtype != torch.bool and bool(((index >= 0) & (index < n)).all()))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f'index {brief(index)} is not valid; give whole numbers from 0 to {n - 1}') from None
+    whole = (index.dim() == 1
+        and (not len(index) or not index.is_floating_point() and index.dtype != torch.bool and bool(((index >= 0) & (index < n)).all())))
     if not whole: raise InputError(f'index {brief(index.tolist())} is not valid; give whole numbers from 0 to {n - 1}')
     return index.long()
 
@@ -718,7 +740,8 @@ def _uneven(sizes): return len(sizes)*sizes.amax(0).prod() > 8*sizes.prod(1).sum
 def _apart(images, boxes, flip, part, size, device):
     "The crops of `part` of a batch, one by one."
     rows, columns = ([[v[k:k+1] for v in axis] for k in part] for axis in boxes)
-    matrices = [(axis_matrix(*r, size, im.shape[1]), axis_matrix(*c, size, im.shape[2], None if flip is None else flip[k:k+1])) for im, r, c, k in zip(images, rows, columns, part)]
+    matrices = [(axis_matrix(*r, size, im.shape[1]), axis_matrix(*c, size, im.shape[2], None if flip is None else flip[k:k+1]))
+        for im, r, c, k in zip(images, rows, columns, part)]
     return torch.cat([apply_axes(*(t.to(device) for t in (im[None], *m))) for im, m in zip(images, matrices)])
 
 def _crop(image, top, h, rh, oy, left, w, rw, ox, size, factor):
@@ -802,7 +825,8 @@ def batches(
     "Cropped, normalised batches of one epoch; the shards of a batch are the batch, whatever their number."
     require(is_whole(batch) and batch >= 1, f'batch {brief(batch)} is not valid; give 1 image or more')
     _check_size(size); choose(scheme, SCHEME_NAMES, 'scheme'); check_stats(stats)
-    require(isinstance(shard, tuple) and len(shard) == 2 and all(map(is_whole, shard)) and 0 <= shard[0] < shard[1], f'shard {brief(shard)} is not valid; give (rank, ranks) with ranks above rank')
+    require(isinstance(shard, tuple) and len(shard) == 2 and all(map(is_whole, shard)) and 0 <= shard[0] < shard[1],
+        f'shard {brief(shard)} is not valid; give (rank, ranks) with ranks above rank')
     index, device = torch.arange(len(images)) if index is None else _check_index(index, len(images)), usable_device(device)
     require(len(index), 'no images: give 1 or more')
     g = generator('crops', seed, epoch) if train else None
@@ -817,7 +841,8 @@ def batches(
                 drawn = draw_crops(scheme, len(chosen), size, g) if train else None
                 part = lambda t: t[shard[0]::shard[1]].numpy()
                 if len(part(chosen)): yield part(chosen), drawn and tuple(map(part, drawn)), scheme, size, memory
-        for raw, chosen, flip in _from_disk(images.images, jobs(), default_workers(device) if workers is None else workers, torch.device(device).type == 'cuda'):
+        for raw, chosen, flip in _from_disk(images.images, jobs(), default_workers(device) if workers is None else workers,
+                torch.device(device).type == 'cuda'):
             raw = raw.to(device, non_blocking=True)
             if train:
                 mirrored = flip.nonzero()[:, 0].to(device, non_blocking=True)
@@ -828,7 +853,9 @@ def batches(
         if isinstance(images.images, list) and _uneven(sizes := torch.tensor([images.images[i].shape[-2:] for i in chosen.tolist()])):
             drawn = draw_crops(scheme, len(chosen), size, g) if train else None
             part = torch.arange(len(chosen))[shard[0]::shard[1]].tolist()
-            if part: yield _apart([images.images[chosen[k]] for k in part], crop_boxes(scheme, sizes, size, drawn), drawn and drawn[-1], part, size, device).sub_(mean).div_(std).contiguous(memory_format=memory), images.labels[chosen[part]].to(device)
+            if part:
+                yield _apart([images.images[chosen[k]] for k in part], crop_boxes(scheme, sizes, size, drawn), drawn and drawn[-1], part,
+                    size, device).sub_(mean).div_(std).contiguous(memory_format=memory), images.labels[chosen[part]].to(device)
             continue
         raw, sizes = _gather(images.images, chosen)
         rows, columns = crop_matrices(scheme, sizes, size, g)
@@ -895,7 +922,8 @@ def read_index(
 ) -> dict:
     "The index of a packed set; `InputError` if it is not there or not complete."
     file = Path(path)/'index.json'
-    require(file.exists(), f'{str(path)!r} holds no complete packed set; `python -m pcl_nb.data pack NAME {path}` makes one, or goes on with it')
+    require(file.exists(),
+        f'{str(path)!r} holds no complete packed set; `python -m pcl_nb.data pack NAME {path}` makes one, or goes on with it')
     return _read_index(str(file), file.stat().st_mtime_ns)
 
 @lru_cache(maxsize=8)
@@ -903,7 +931,8 @@ def _read_index(file, changed):
     index = json.loads(Path(file).read_text())
     for split, s in index['splits'].items():
         data = Path(file).with_name(f'{split}.bin')
-        require(data.exists() and data.stat().st_size == 3*sum(h*w for h, w in s['sizes']), f'{str(data)!r} is not what was packed; remove the folder and pack again')
+        require(data.exists() and data.stat().st_size == 3*sum(h*w for h, w in s['sizes']),
+            f'{str(data)!r} is not what was packed; remove the folder and pack again')
     return index
 
 def _load_packed(path, split, n):
@@ -943,16 +972,19 @@ def pack(
     kind, where = parse_name(name)
     require(kind not in ('concept', 'packed'), f'{name} cannot be packed; give a set of image files')
     require(is_whole(edge) and edge >= 16, f'edge {brief(edge)} is not valid; give 16 pixels or more')
-    folder = resolve(out_folder(str(out))) if out else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}'
+    folder = (resolve(out_folder(str(out))) if out
+        else Path(str(where).rsplit('@', 1)[0] if kind == 'places365-small' else where)/f'packed-{edge}')
     require(not folder.exists() or folder.is_dir(), f'{str(folder)!r} is not a folder')
     about = dict(source=_identity(kind, where), edge=edge, format=1)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.lock'):
         begun, splits = folder/'begun.json', {}
         if not begun.exists():
-            require(not any((folder/f'{s}.bin').exists() for s in ('train', 'val')), f'{str(folder)!r} holds other files; give an empty folder')
+            require(not any((folder/f'{s}.bin').exists() for s in ('train', 'val')),
+                f'{str(folder)!r} holds other files; give an empty folder')
             write_atomic(begun, to_json(about).encode())
-        require(json.loads(begun.read_text()) == about, f'{str(folder)!r} was begun with other images or another edge; remove it or give another folder')
+        require(json.loads(begun.read_text()) == about,
+            f'{str(folder)!r} was begun with other images or another edge; remove it or give another folder')
         if (folder/'index.json').exists(): read_index(folder); return folder
         for split in ('train', 'val'):
             files, labels, classes = _listed(kind, where, split, 0)
@@ -973,7 +1005,8 @@ def _pack_split(files, folder, split, edge, progress):
         need = left*np.mean([np.prod(_packed_size(files.open(i)[0], edge))*3 for i in even_sample(len(files), 50)])
         free = shutil.disk_usage(folder).free
         require(need < free, f'packing {split} needs about {need/1e9:.0f} GB more, {str(folder)!r} has {free/1e9:.0f} GB free; give another folder or a smaller edge')
-        with Progress(desc=f'pack {split}', total=len(files), initial=len(sizes), unit=' images', disable=None if progress else True) as bar:
+        with Progress(desc=f'pack {split}', total=len(files), initial=len(sizes), unit=' images',
+                disable=None if progress else True) as bar:
             for start in range(len(sizes), len(files), BLOCK):
                 images = list(pool.map(lambda i: _resized(files, i, edge), range(start, min(start + BLOCK, len(files)))))
                 for im in images: data.write(im.data)
@@ -1015,10 +1048,13 @@ def reference_loader(
 ) -> DataLoader:
     "torchvision's reference pipeline for a scheme."
     R = base_size(size)
-    if train: crop = [transforms.RandomResizedCrop(size)] if scheme == 'complex' else [transforms.Resize((R, R)), transforms.RandomCrop(size)]
+    if train:
+        crop = [transforms.RandomResizedCrop(size)] if scheme == 'complex' else [transforms.Resize((R, R)), transforms.RandomCrop(size)]
     else: crop = [transforms.Resize(R if scheme == 'complex' else (R, R)), transforms.CenterCrop(size)]
-    steps = crop + [transforms.RandomHorizontalFlip()]*train + [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float), transforms.Normalize((.485, .456, .406), (.229, .224, .225))]
-    return DataLoader(ImageFolder(str(path), transforms.Compose(steps)), batch, shuffle=train, num_workers=workers, persistent_workers=workers > 0)
+    steps = (crop + [transforms.RandomHorizontalFlip()]*train + [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float),
+        transforms.Normalize((.485, .456, .406), (.229, .224, .225))])
+    return DataLoader(ImageFolder(str(path), transforms.Compose(steps)), batch, shuffle=train, num_workers=workers,
+        persistent_workers=workers > 0)
 
 def loading_rates(
     name:str,                # 'folder:PATH' of JPEG files
@@ -1062,7 +1098,8 @@ def unreadable(
         try: decode(file)
         except InputError as e: return str(e)
     with ThreadPoolExecutor(cores()) as pool:
-        said = list(Progress(pool.map(wrong, files), f'read {Path(path).name}', len(files), unit=' images', leave=False, disable=None if progress else True))
+        said = list(Progress(pool.map(wrong, files), f'read {Path(path).name}', len(files), unit=' images', leave=False,
+            disable=None if progress else True))
     return {f: w for f, w in zip(files, said) if w}, len(files)
 
 def leave_out(
@@ -1083,7 +1120,8 @@ def _parser():
         epilog='examples:\n  python -m pcl_nb.data pack imagenet:/data/imagenet\n  python -m pcl_nb.data pack places365 /fast/places365   (then: --data packed:/fast/places365)')
     a.add_argument('name', help=sets)
     a.add_argument('out', nargs='?', help="folder (default: packed-EDGE in the set's own folder, where it is found by itself)")
-    a.add_argument('--edge', type=int, default=256, help='pixels of the shorter edge: 256 for 224-pixel input, in proportion for others (default: 256)')
+    a.add_argument('--edge', type=int, default=256,
+        help='pixels of the shorter edge: 256 for 224-pixel input, in proportion for others (default: 256)')
     a.add_argument('--quiet', action='store_true', help='no progress bar')
     c = commands.add_parser('check', help='say what a data set holds, or what is missing')
     c.add_argument('name', help=f"{sets}; packed:PATH")
@@ -1110,7 +1148,8 @@ def main(
                 if a.skip: leave_out(where, bad)
                 elif bad: return 1
             for split in ('train', 'val'):
-                files, labels, classes = _listed(kind, where, split, 0) if kind != 'packed' else (lambda s: (s.images, s.labels, s.classes))(_load_packed(where, split, 0))
+                files, labels, classes = (_listed(kind, where, split, 0) if kind != 'packed'
+                    else (lambda s: (s.images, s.labels, s.classes))(_load_packed(where, split, 0)))
                 print(f'{split}: {len(files)} images, {len(classes)} classes')
     except InputError as e: parser.error(str(e))
     except KeyboardInterrupt: print('interrupted; the same command goes on', file=sys.stderr); return 130

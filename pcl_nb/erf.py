@@ -49,8 +49,10 @@ class _Stem(torch.autograd.Function):
 def _light_stem(model):
     "Inside, a large strided first convolution hands its gradient back as above; elsewhere nothing is gained."
     stem = next((m for m in model.net.modules() if isinstance(m, nn.Conv2d)), None)
-    light = type(stem) is nn.Conv2d and stem.in_channels <= 4 and stem.groups == 1 and stem.kernel_size in ((5, 5), (7, 7), (11, 11)) and stem.stride[0] == stem.stride[1] > 1 \
-        and stem.dilation == (1, 1) and stem.padding_mode == 'zeros' and not isinstance(stem.padding, str) and stem.padding[0] == stem.padding[1] and untouched(stem)
+    light = (type(stem) is nn.Conv2d and stem.in_channels <= 4 and stem.groups == 1 and stem.kernel_size in ((5, 5), (7, 7), (11, 11))
+        and stem.stride[0] == stem.stride[1] > 1
+        and stem.dilation == (1, 1) and stem.padding_mode == 'zeros' and not isinstance(stem.padding, str)
+        and stem.padding[0] == stem.padding[1] and untouched(stem))
     before = vars(stem).get('forward') if light else None
     if light: stem.forward = lambda x: _Stem.apply(x, stem.weight, stem.bias, stem.stride[0], stem.padding[0])
     try: yield
@@ -104,13 +106,15 @@ def impact_replicates(
 ) -> tuple:  # impact map (H,W), raw; replicates (R,H,W)
     "The impact map and bootstrap replicates of it, streaming: memory does not grow with the number of images."
     require(is_whole(batch_size) and 1 <= batch_size < 2**31, f'batch_size {brief(batch_size)} is not valid; give 1 or more')
-    require(is_whole(replicates) and 0 <= replicates <= 10**6, f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
+    require(is_whole(replicates) and 0 <= replicates <= 10**6,
+        f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
     choose(stage, staged(model).stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
     p, g = next(model.parameters()), generator('bootstrap', seed)
     total, weights = None, None
     with folded(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
         for x in _stream(images, batch_size):
-            impact = _independent_impacts(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), stage, center, relu).flatten(1)
+            impact = _independent_impacts(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), stage, center,
+                relu).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)
             require(total is None or total.shape[1] == impact.shape[1], 'images have different sizes; an impact map needs one size')
             total, weights = (w.T @ impact, w.sum(0)) if total is None else (total + w.T @ impact, weights + w.sum(0))
@@ -143,7 +147,8 @@ def impact_histogram(
 ) -> Tensor:  # (...,bins) int64, sums to H*W
     "Eq. 1 on the min-max normalised map; a flat map falls into the lowest bin."
     require(is_whole(bins) and 1 <= bins <= 10**6, f'bins {brief(bins)} is not valid; give 1 or more, up to a million')
-    require(isinstance(impact, Tensor) and impact.dim() >= 2 and impact.numel() and impact.is_floating_point(), f'impact {tuple(impact.shape) if isinstance(impact, Tensor) else type(impact).__name__} is not a map (H,W) of floating-point numbers')
+    require(isinstance(impact, Tensor) and impact.dim() >= 2 and impact.numel() and impact.is_floating_point(),
+        f'impact {tuple(impact.shape) if isinstance(impact, Tensor) else type(impact).__name__} is not a map (H,W) of floating-point numbers')
     flat = impact.detach().double().flatten(-2)
     require(bool(torch.isfinite(flat).all()), 'the impact map is not finite')
     low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
@@ -156,7 +161,8 @@ def erf_size(
     drop:int=10        # lowest bins left out
 ) -> Tensor:  # (...), pixels
     "Effective receptive field: pixels in the bins that are kept."
-    require(isinstance(histogram, Tensor) and histogram.dim() and histogram.shape[-1], f'{type(histogram).__name__} is not a histogram (...,bins); impact_histogram gives one')
+    require(isinstance(histogram, Tensor) and histogram.dim() and histogram.shape[-1],
+        f'{type(histogram).__name__} is not a histogram (...,bins); impact_histogram gives one')
     require(is_whole(drop) and 0 <= drop < histogram.shape[-1], f'drop {brief(drop)} is not valid; give 0 to {histogram.shape[-1] - 1}')
     return histogram[..., drop:].sum(-1)
 
@@ -167,7 +173,8 @@ def interval(
 ) -> tuple:  # lower, upper end
     "Percentile interval of bootstrap replicates."
     require(isinstance(values, Tensor) and values.dim() and len(values), 'no replicates: give bootstrap 1 or more')
-    require(bool(torch.isfinite(values).all()), 'replicates are not finite'); require(is_real(level) and 0 < level < 1, f'level {brief(level)} is not valid; give a number between 0 and 1, such as .95')
+    require(bool(torch.isfinite(values).all()), 'replicates are not finite')
+    require(is_real(level) and 0 < level < 1, f'level {brief(level)} is not valid; give a number between 0 and 1, such as .95')
     ends = torch.quantile(values.double(), torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64), 0)
     return ends[0].tolist(), ends[1].tolist()
 
@@ -244,12 +251,14 @@ def stored_replicates(
     progress=False
 ) -> tuple:  # impact map (H,W), replicates (R,H,W)
     "The impact map of a run, from its folder; the run is trained, the map computed and stored there if they have to be."
-    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, statistics=choose(statistics, STATISTICS, 'statistics'))
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu,
+        replicates=replicates, seed=seed, statistics=choose(statistics, STATISTICS, 'statistics'))
     def measure(fitted):
         model = fitted.model.to(usable_device(device))
         def loader(): return random_batches(data, images, recipe, fitted.stats, val, seed)
         if statistics == 'calibrated': calibrate(model, loader())
-        impact, reps = impact_replicates(model, loader(), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed, progress=progress)
+        impact, reps = impact_replicates(model, loader(), stage=stage, center=center, relu=relu, replicates=replicates, seed=seed,
+            progress=progress)
         return dict(impact=impact.cpu(), replicates=reps.cpu())
     found = stored(recipe, 'impact', settings, ('data', 'models', 'runs', 'erf'), measure, device, progress)
     return torch.from_numpy(found['impact']), torch.from_numpy(found['replicates'])
@@ -264,7 +273,8 @@ def activity_table(
     part:float=.5              # of the maximum, from which a position belongs to the activated region
 ) -> pd.DataFrame:  # a row an image: positive, region, both in [0,1]
     "Share of open ReLUs and size of the activated region at the end of a stage (appendix D.3)."
-    choose(stage, staged(model).stages, 'stage'); require(is_real(part) and 0 < part <= 1, f'part {brief(part)} is not valid; give a number above 0 and up to 1')
+    choose(stage, staged(model).stages, 'stage')
+    require(is_real(part) and 0 < part <= 1, f'part {brief(part)} is not valid; give a number above 0 and up to 1')
     p, rows = next(model.parameters()), []
     with folded(model):
         for x, _ in loaded(loader):
@@ -287,5 +297,7 @@ def stored_activity(
 ) -> pd.DataFrame:  # as `activity_table`
     "The ReLU activity of a run, from its folder; measured and stored there first if it has to be."
     settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, seed=seed)
-    def measure(fitted): return activity_table(fitted.model.to(usable_device(device)), batches(val_images(data, recipe, images, val, seed), recipe.scheme, recipe.size, fitted.stats, 64), stage=stage)
+    def measure(fitted):
+        return activity_table(fitted.model.to(usable_device(device)),
+            batches(val_images(data, recipe, images, val, seed), recipe.scheme, recipe.size, fitted.stats, 64), stage=stage)
     return pd.DataFrame(stored(recipe, 'activity', settings, ('data', 'models', 'runs', 'erf'), measure, device))

@@ -105,7 +105,8 @@ class Explorer:
         "The image as decoded; `source` is a number, a path or the bytes of a file."
         if isinstance(source, int):
             n = len(self.images) if self.images is not None else 0
-            require(0 <= source < n, f'image {source} does not exist; valid: ' + (f'0 to {n - 1}' if n else 'files, no set of images was given'))
+            require(0 <= source < n,
+                f'image {source} does not exist; valid: ' + (f'0 to {n - 1}' if n else 'files, no set of images was given'))
             return self.images.images[source]
         if not isinstance(source, bytes): return decode(source)
         try: return decode(io.BytesIO(source))
@@ -181,9 +182,11 @@ class Views:
 
     def after(self, key, source, stage='stage4', target=None, rule='threshold', tau=.5) -> dict:
         "Focus area alone, image without it, the coverage ratio, and the most likely classes then."
-        found, image = self.explorer.erased(key, source, stage, target, rule, tau), self.pixels(key, self.explorer.look(key, source, stage, target).x)
+        found, image = (self.explorer.erased(key, source, stage, target, rule, tau),
+            self.pixels(key, self.explorer.look(key, source, stage, target).x))
         mask = found.mask[0].cpu().numpy()
-        return {'focus area': image*mask[..., None], 'erased': self.pixels(key, found.x), 'coverage': float(mask.mean()), 'note': f'CR {mask.mean():.2f}', 'after': self.top(key, found.logits)}
+        return {'focus area': image*mask[..., None], 'erased': self.pixels(key, found.x), 'coverage': float(mask.mean()),
+            'note': f'CR {mask.mean():.2f}', 'after': self.top(key, found.logits)}
 
     def reach(self, key, source, stage='stage4') -> dict:
         "Impact map and histogram."
@@ -215,26 +218,36 @@ class Panel:
         rule:str='threshold', tau:float=.5, stage:str='stage4'
     ):
         self.explorer, self.views, self._busy, self._rows = explorer, Views(explorer), False, {}
-        def dropdown(name, options, **kw): return W.Dropdown(description=name, options=options, style={'description_width': '62px'}, layout=W.Layout(width='236px'), **kw)
+        def dropdown(name, options, **kw):
+            return W.Dropdown(description=name, options=options, style={'description_width': '62px'}, layout=W.Layout(width='236px'), **kw)
         n = len(explorer.images) if explorer.images is not None else 0
         kinds = [k for k, there in (('validation set', n), ('files', files), ('upload', True)) if there]
         self.group, self.kind = dropdown('networks', explorer.groups), dropdown('images', kinds)
-        self.number = W.BoundedIntText(description='number', min=0, max=max(n - 1, 0), style={'description_width': '62px'}, layout=W.Layout(width='236px'))
+        self.number = W.BoundedIntText(description='number', min=0, max=max(n - 1, 0), style={'description_width': '62px'},
+            layout=W.Layout(width='236px'))
         self.file = dropdown('file', [(f.name, f) for f in map(Path, files)])
         self.upload = W.FileUpload(accept='image/*', layout=W.Layout(width='170px', margin='2px 2px 2px 66px'))
-        self.stage, self.target, self.rule = dropdown('stage', [stage], value=stage), dropdown('target', [('prediction', -1)]), dropdown('rule', RULES, value=rule)
-        self.tau = W.FloatSlider(description='tau', value=tau, min=0, max=1, step=.01, style={'description_width': '62px'}, layout=W.Layout(width='236px'))
-        self.reach = W.Checkbox(description='impact map', value=True, indent=False, layout=W.Layout(width='150px', margin='2px 2px 2px 66px'))
+        self.stage, self.target, self.rule = (dropdown('stage', [stage], value=stage), dropdown('target', [('prediction', -1)]),
+            dropdown('rule', RULES, value=rule))
+        self.tau = W.FloatSlider(description='tau', value=tau, min=0, max=1, step=.01, style={'description_width': '62px'},
+            layout=W.Layout(width='236px'))
+        self.reach = W.Checkbox(description='impact map', value=True, indent=False,
+            layout=W.Layout(width='150px', margin='2px 2px 2px 66px'))
         self.image, self.caption, self.message = W.Image(layout=W.Layout(width='168px', height='168px')), W.HTML(), W.HTML()
         self.lines, self.rows = W.Image(layout=W.Layout(width='340px', height='190px')), W.VBox()
         if isinstance(source, int): self.number.value = source
         else: self.kind.value, self.file.value = 'files', Path(source)
-        left, right = W.VBox([self.group, self.kind, self.number, self.file, self.upload]), W.VBox([self.stage, self.target, self.rule, self.tau, self.reach])
+        left, right = (W.VBox([self.group, self.kind, self.number, self.file, self.upload]),
+            W.VBox([self.stage, self.target, self.rule, self.tau, self.reach]))
         heads = [*SEEN[1:], 'before erasing', 'after erasing']
-        self.box = W.VBox([W.HTML(STYLE), W.HBox([W.VBox([self.image, self.caption]), left, right, self.lines], layout=W.Layout(flex_flow='row wrap')), self.message,
+        self.box = W.VBox([W.HTML(STYLE),
+            W.HBox([W.VBox([self.image, self.caption]), left, right, self.lines], layout=W.Layout(flex_flow='row wrap')), self.message,
             W.HBox([W.HTML(f'<b>{h}</b>', layout=W.Layout(width=PX, margin='2px 6px 0 2px')) for h in heads]), self.rows])
         self.box.add_class('pcl-explore')
-        for update, widgets in ((self._networks, [self.group]), (self._image, [self.kind, self.number, self.file, self.upload, self.stage, self.target]), (self._region, [self.rule, self.tau]), (self._reach, [self.reach])):
+        for update, widgets in ((self._networks, [self.group]),
+                (self._image, [self.kind, self.number, self.file, self.upload, self.stage, self.target]),
+                (self._region, [self.rule, self.tau]),
+                (self._reach, [self.reach])):
             for w in widgets: w.observe(lambda _, update=update: self._run(update), 'value')
         self._run(self._networks)
 
@@ -270,7 +283,8 @@ class Panel:
         stage = self.stage.value if self.stage.value in stages else stages[-1]
         self.stage.options, self.stage.value = stages, stage
         self.target.options = [('prediction', -1), *((str(c).replace('_', ' '), i) for i, c in enumerate(classes))]
-        self._rows = {k: dict(head=W.HTML(), **{n: W.Image(layout=W.Layout(width=PX, height=PX, margin='2px 6px 2px 2px')) for n in SEEN[1:]},
+        self._rows = {k: dict(head=W.HTML(),
+            **{n: W.Image(layout=W.Layout(width=PX, height=PX, margin='2px 6px 2px 2px')) for n in SEEN[1:]},
             **{n: W.HTML(layout=W.Layout(width=PX, margin='0 6px 0 2px')) for n in ('before', 'after')}) for k in keys}
         for n, w in ((n, w) for r in self._rows.values() for n, w in r.items()): w.add_class('pcl-' + n.replace(' ', '-'))
         self.rows.children = [c for r in self._rows.values() for c in (r['head'], W.HBox([w for n, w in r.items() if n != 'head']))]
@@ -278,13 +292,15 @@ class Panel:
 
     def _image(self):
         "Another image, stage or target class: everything."
-        for w, kind in ((self.number, 'validation set'), (self.file, 'files'), (self.upload, 'upload')): w.layout.display = None if self.kind.value == kind else 'none'
+        for w, kind in ((self.number, 'validation set'), (self.file, 'files'), (self.upload, 'upload')):
+            w.layout.display = None if self.kind.value == kind else 'none'
         source, stage, target = self._chosen()
         seen = self._seen()
         found = {k: self.views.before(k, source, stage, target) for k in seen}
         self.image.value = png(found[seen[0]]['image'])
         known = self.kind.value == 'validation set'
-        self.caption.value = html.escape('truth: ' + str(self.explorer.images.classes[self.explorer.images.labels[source]]).replace('_', ' ')) if known else ''
+        self.caption.value = (html.escape('truth: ' + str(self.explorer.images.classes[self.explorer.images.labels[source]]).replace('_',
+            ' ')) if known else '')
         for k, r in self._rows.items():
             for n in SEEN[1:]: r[n].layout.visibility = 'visible' if k in seen else 'hidden'
             r['before'].value = r['after'].value = ''
@@ -298,12 +314,14 @@ class Panel:
         for k in self._seen():
             r, found = self._rows[k], self.views.after(k, *self._chosen(), self.rule.value, self.tau.value)
             for n in ('focus area', 'erased'): r[n].value = png(found[n])
-            r['head'].value, r['after'].value = f"<b>{html.escape(k[1])}</b>, coverage ratio {found['coverage']:.2f}", bars(found['after'], BLUE)
+            r['head'].value, r['after'].value = (f"<b>{html.escape(k[1])}</b>, coverage ratio {found['coverage']:.2f}",
+                bars(found['after'], BLUE))
 
     def _reach(self):
         "Impact maps, where they are wanted."
         on = self.reach.value
-        found = {k: self.views.reach(k, self.source, self.stage.value) for k in self._rows if on and self.stage.value in self.explorer.network(k).model.stages}
+        found = {k: self.views.reach(k, self.source, self.stage.value) for k in self._rows if on
+            and self.stage.value in self.explorer.network(k).model.stages}
         for k, r in self._rows.items():
             r['impact map'].layout.visibility = 'visible' if k in found else 'hidden'
             if k in found: r['impact map'].value = png(found[k]['impact map'])

@@ -43,7 +43,8 @@ def energy_mask(
     _check_rule('energy', tau); check_maps(maps, size)
     require(bool(torch.isfinite(maps).all()), 'a map is not finite')
     order = _order(maps, size)
-    mass = _enlarge(maps, size).flatten(1).clamp(min=0).gather(1, order).cumsum(1, dtype=torch.float64 if maps.device.type != 'mps' else torch.float32)
+    mass = _enlarge(maps, size).flatten(1).clamp(min=0).gather(1, order).cumsum(1,
+        dtype=torch.float64 if maps.device.type != 'mps' else torch.float32)
     k = (mass < tau*mass[:, -1:]).sum(1) + 1
     k = torch.where((mass[:, -1] > 0) & (maps.amax((1, 2)) > maps.amin((1, 2))) & (tau > 0), k, 0)
     return _top(order, k).view(-1, *size)
@@ -96,7 +97,8 @@ def region(
 ) -> Tensor:  # (B,H,W) bool
     "The region of maps that are computed already, by one of the rules."
     _check_rule(rule, tau); check_maps(maps, tuple(image_batch(images).shape[-2:]))
-    require(len(images) == len(maps) == len(prediction), f'{len(images)} images, {len(maps)} maps and {len(prediction)} predictions do not fit; give as many of each')
+    require(len(images) == len(maps) == len(prediction),
+        f'{len(images)} images, {len(maps)} maps and {len(prediction)} predictions do not fit; give as many of each')
     if rule == 'threshold': return erasing_mask(maps, images.shape[-2:], tau=tau)[:, 0].bool()
     return energy_mask(maps, images.shape[-2:], tau) if rule == 'energy' else sufficient_mask(model, images, maps, prediction, steps)
 
@@ -115,9 +117,12 @@ def _check_target(target, n, classes, device):
     "The target classes as a tensor (n,) on the device; None stays."
     if target is None: return None
     try: target = torch.as_tensor(target, device=device)
-    except (TypeError, ValueError, RuntimeError): raise InputError(f'target {brief(target)} does not fit; give one whole number for each of {n} images, or None for the prediction') from None
-    require(target.shape == (n,) and not target.is_floating_point() and target.dtype != torch.bool, f'target {tuple(target.shape)} {target.dtype} does not fit; give one whole number for each of {n} images, or None for the prediction')
-    require(bool(((target >= 0) & (target < classes)).all()), f'target holds class {int(target.max())}; the network has classes 0 to {classes - 1}')
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f'target {brief(target)} does not fit; give one whole number for each of {n} images, or None for the prediction') from None
+    require(target.shape == (n,) and not target.is_floating_point() and target.dtype != torch.bool,
+        f'target {tuple(target.shape)} {target.dtype} does not fit; give one whole number for each of {n} images, or None for the prediction')
+    require(bool(((target >= 0) & (target < classes)).all()),
+        f'target holds class {int(target.max())}; the network has classes 0 to {classes - 1}')
     return target.long()
 
 def focus_area(
@@ -133,17 +138,23 @@ def focus_area(
     "Focus area and coverage ratio of each image (appendix A)."
     _check_rule(rule, tau)
     staged(model).stage_head(stage)
-    require(isinstance(images, (Tensor, list, tuple)), f'{type(images).__name__} are no images; give a batch (B,3,H,W), or a list of (3,H,W)')
+    require(isinstance(images, (Tensor, list, tuple)),
+        f'{type(images).__name__} are no images; give a batch (B,3,H,W), or a list of (3,H,W)')
     require(len(images), 'no images: give 1 or more')
     p = next(model.parameters())
     target = _check_target(target, len(images), model.num_classes, p.device)
     if isinstance(images, Tensor):
-        with folded(model): return _focus(model, image_batch(images).to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, target, steps)
-    for im in images: require(isinstance(im, Tensor) and im.dim() == 3, f'{tuple(im.shape) if isinstance(im, Tensor) else type(im).__name__} is not an image; give a list of (3,H,W)')
+        with folded(model):
+            return _focus(model, image_batch(images).to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, target,
+                steps)
+    for im in images:
+        require(isinstance(im, Tensor) and im.dim() == 3,
+            f'{tuple(im.shape) if isinstance(im, Tensor) else type(im).__name__} is not an image; give a list of (3,H,W)')
     found, sizes = [None]*len(images), [tuple(im.shape) for im in images]
     for size in dict.fromkeys(sizes):
         index = [i for i, s in enumerate(sizes) if s == size]
-        part = focus_area(model, torch.stack([images[i] for i in index]), rule=rule, tau=tau, stage=stage, target=None if target is None else target[index], steps=steps)
+        part = focus_area(model, torch.stack([images[i] for i in index]), rule=rule, tau=tau, stage=stage,
+            target=None if target is None else target[index], steps=steps)
         for i, one in zip(index, zip(*part)): found[i] = one
     mask, coverage, prediction = zip(*found)
     return FocusArea(list(mask), torch.stack(coverage), torch.stack(prediction))
@@ -171,7 +182,8 @@ def coverage_table(
             f = _focus(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), rule, tau, stage, truth, 8)
             row = dict(label=y, prediction=f.prediction, coverage=f.coverage)
             if area is not None:
-                require(area[done:done + len(x)].shape == f.mask.shape, f'area {tuple(area.shape)} does not fit the images {tuple(x.shape)} from number {done} on; give (N,H,W), in the order of the loader')
+                require(area[done:done + len(x)].shape == f.mask.shape,
+                    f'area {tuple(area.shape)} does not fit the images {tuple(x.shape)} from number {done} on; give (N,H,W), in the order of the loader')
                 e = area[done:done + len(x)].to(p.device)
                 both, whole = (f.mask & e).flatten(1).sum(1), e.flatten(1).sum(1)
                 row.update(evidence=whole/e[0].numel(), recall=both/whole, precision=both/f.mask.flatten(1).sum(1))
@@ -187,7 +199,8 @@ def _numbers(values, dims=(1,)):
     "Measured values in double precision; `InputError` unless there are some, all of them finite."
     try: values = torch.as_tensor(values).double()
     except (TypeError, ValueError, RuntimeError): raise InputError(f'{brief(values)} are not numbers') from None
-    require(values.dim() in dims and values.numel() and bool(torch.isfinite(values).all()), f"values {tuple(values.shape)} have to be one or more finite numbers{', a row an image' if 2 in dims else ''}")
+    require(values.dim() in dims and values.numel() and bool(torch.isfinite(values).all()),
+        f"values {tuple(values.shape)} have to be one or more finite numbers{', a row an image' if 2 in dims else ''}")
     return values
 
 def _check_count(name, v): require(is_whole(v) and 1 <= v <= 10**6, f'{name} {brief(v)} is not valid; give 1 or more, up to a million')
@@ -221,7 +234,8 @@ def summary(
     coverage = _numbers(coverage)
     ends = torch.quantile(bootstrap_means(coverage, replicates, seed), torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     q = torch.quantile(coverage, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-    return dict(mean=coverage.mean().item(), low=ends[0], high=ends[1], std=coverage.std(correction=0).item(), **{f'q{100*p:.0f}': v for p, v in zip(QUANTILES, q)}, n=len(coverage))
+    return dict(mean=coverage.mean().item(), low=ends[0], high=ends[1], std=coverage.std(correction=0).item(),
+        **{f'q{100*p:.0f}': v for p, v in zip(QUANTILES, q)}, n=len(coverage))
 
 # %% ../nbs/08_focus_area.ipynb #372225ee
 def stored_coverage(
@@ -237,10 +251,13 @@ def stored_coverage(
 ) -> pd.DataFrame:  # as `coverage_table`
     "The coverage ratios of a run, from its folder; the run is trained and the images are measured if they have to be."
     _check_rule(rule, tau)
-    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), rule=rule, tau=tau, stage=stage, target=target, seed=seed)
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), rule=rule, tau=tau, stage=stage,
+        target=target, seed=seed)
     def measure(fitted):
         found = val_images(data, recipe, images, val, seed)
         area = evidence(found, recipe.scheme, recipe.size) if found.where is not None else None
-        require(target == 'prediction' or tuple(found.classes) == tuple(fitted.classes), f'target truth needs images of the classes that the network knows; {data} has others')
-        return coverage_table(fitted.model.to(usable_device(device)), batches(found, recipe.scheme, recipe.size, fitted.stats, 64), rule=rule, tau=tau, stage=stage, target=target, area=area, progress=progress)
+        require(target == 'prediction' or tuple(found.classes) == tuple(fitted.classes),
+            f'target truth needs images of the classes that the network knows; {data} has others')
+        return coverage_table(fitted.model.to(usable_device(device)), batches(found, recipe.scheme, recipe.size, fitted.stats, 64),
+            rule=rule, tau=tau, stage=stage, target=target, area=area, progress=progress)
     return pd.DataFrame(stored(recipe, 'coverage', settings, ('data', 'models', 'cam', 'runs', 'focus_area'), measure, device, progress))

@@ -26,7 +26,8 @@ def _distance(log_p, log_q, distance):
 def _pair(logits, erased_logits, detach):
     "Both tables, at least in single precision whatever autocast made of them."
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (logits, erased_logits)]
-    require(shapes[0] == shapes[1] and len(shapes[0]) == 2 and isinstance(logits, Tensor) and len(logits), f'logits {shapes[0]} and erased logits {shapes[1]} have to be two tables (B,C) of one size, of 1 image or more')
+    require(shapes[0] == shapes[1] and len(shapes[0]) == 2 and isinstance(logits, Tensor) and len(logits),
+        f'logits {shapes[0]} and erased logits {shapes[1]} have to be two tables (B,C) of one size, of 1 image or more')
     full = torch.promote_types(logits.dtype, torch.float32)
     return (logits.detach() if detach else logits).to(full), erased_logits.to(full)
 

@@ -58,7 +58,8 @@ class Method:
 # %% ../nbs/05_methods.ipynb #caaa1171
 def _check_rate(name, v): require(is_real(v) and 0 <= v <= 1, f'{name} {brief(v)} is not valid; give a rate from 0 to 1')
 
-def _check_threshold(name, v): require(is_real(v) and 0 < v < 1, f'{name} {brief(v)} is not valid; give a threshold between 0 and 1, both excluded')
+def _check_threshold(name, v):
+    require(is_real(v) and 0 < v < 1, f'{name} {brief(v)} is not valid; give a threshold between 0 and 1, both excluded')
 
 def _check_factor(name, v): require(is_real(v) and v >= 0, f'{name} {brief(v)} is not valid; give a finite number of 0 or more')
 
@@ -110,7 +111,8 @@ class PCL(Method):
             f.clear()
         erased_logits = model(erased)
         if self.ipc_weight: items['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
-        if self.cpc_weight: items['cpc'] = self.cpc_weight*category_consistency(joint(logits), joint(erased_logits), self.cpc_distance, self.detach)
+        if self.cpc_weight:
+            items['cpc'] = self.cpc_weight*category_consistency(joint(logits), joint(erased_logits), self.cpc_distance, self.detach)
         yield logits, items
 
     def losses(self, model, images, labels, stats=None):
@@ -149,8 +151,11 @@ def hide_patches(
     "Draw a patch size for each image, and hide each patch of its grid with probability `drop_rate`."
     B, _, H, W = images.shape
     _check_rate('drop_rate', drop_rate)
-    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes), f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
-    for s in sizes: require(s <= min(H, W), f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
+    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes),
+        f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
+    for s in sizes:
+        require(s <= min(H, W),
+            f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
     longest, least = max(H, W), min([s for s in sizes if s], default=max(H, W))
     rank, ranks = shard()                                                            # drawn for the whole batch, whoever holds the image
     S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]      # and on the CPU: the same on every device
@@ -180,8 +185,11 @@ class HideAndSeek(Method):
     def check(self):
         _check_rate('drop_rate', self.drop_rate)
         whole = all(is_whole(s) and s >= 0 for s in self.sizes)
-        require(self.sizes and whole, f'patches {brief(self.patches)} is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
-        for s in self.sizes: require(s <= PUBLISHED_SIZE, f'a patch of {s} pixels is larger than the image; give sizes from 0 to {PUBLISHED_SIZE}, as for an image of {PUBLISHED_SIZE} pixels')
+        require(self.sizes and whole,
+            f'patches {brief(self.patches)} is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
+        for s in self.sizes:
+            require(s <= PUBLISHED_SIZE,
+                f'a patch of {s} pixels is larger than the image; give sizes from 0 to {PUBLISHED_SIZE}, as for an image of {PUBLISHED_SIZE} pixels')
 
     def scaled(self,
         size:int  # of the image, pixels: its shorter edge
@@ -224,7 +232,8 @@ def last_stage(
             model.net(x)
         with contextlib.suppress(RuntimeError, TypeError, KeyError):      # what does not fit together is an answer, too
             again = nn.Sequential(*map(model.net.get_submodule, chain))(seen[entrance][1])
-            same = torch.allclose(again, seen[end][1], rtol=1e-3, atol=1e-5) and all(output._version == version for output, _, version in seen.values())
+            same = (torch.allclose(again, seen[end][1], rtol=1e-3, atol=1e-5)
+                and all(output._version == version for output, _, version in seen.values()))
     require(same, f'{last} ({model.stages[last]}) is not a plain sequence of modules behind {before} ({entrance}), so it cannot be duplicated; name stages between which no other computing takes place')
     return entrance, chain
 
@@ -321,7 +330,10 @@ class ADL(Method):
     threshold:float = .8       # of the drop mask, relative to the map's maximum
     stage:str = 'stage4'       # 'stage4', 'stage3' or 'stage3+stage4'
 
-    def check(self): _check_rate('drop_rate', self.drop_rate); _check_threshold('threshold', self.threshold); choose(self.stage, ADL_STAGES, 'stage')
+    def check(self):
+        _check_rate('drop_rate', self.drop_rate)
+        _check_threshold('threshold', self.threshold)
+        choose(self.stage, ADL_STAGES, 'stage')
 
     def prepare(self, model):
         for stage in self.stage.split('+'): choose(stage, model.stages, 'stage for ADL')

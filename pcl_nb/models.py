@@ -65,7 +65,8 @@ class StagedClassifier(nn.Module):
         self.net, self.stages, self.name, self._head = net, dict(stages), name, head
         for stage, path in self.stages.items(): submodule(net, path, stage)
         linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-        require(head in linear, f"head {head!r} is not a linear layer; valid: {', '.join(linear) or 'none, this network has no linear layer'}")
+        require(head in linear,
+            f"head {head!r} is not a linear layer; valid: {', '.join(linear) or 'none, this network has no linear layer'}")
         self.channels, self._last_relu = self._probe()
         self.side_head = None
         if side:
@@ -87,7 +88,8 @@ class StagedClassifier(nn.Module):
             return hook
         with _hooked(*((self._stage(s).register_forward_hook, keep(s)) for s in stages)): logits = self.net(x)
         for stage, (f, version) in found.items():
-            require(_version(f) == version, f'{stage} ({self.stages[stage]}) is overwritten by the layer behind it; name that layer instead')
+            require(_version(f) == version,
+                f'{stage} ({self.stages[stage]}) is overwritten by the layer behind it; name that layer instead')
         return logits, {s: f for s, (f, _) in found.items()}
 
     def stage_features(self,
@@ -122,7 +124,8 @@ class StagedClassifier(nn.Module):
         def count(name): return lambda *_: calls.append(name)
         def reach(stage):
             def hook(module, args, output):
-                require(isinstance(output, Tensor) and output.dim() == 4, f'{stage} ({self.stages[stage]}) does not give feature maps (B,K,h,w)')
+                require(isinstance(output, Tensor) and output.dim() == 4,
+                    f'{stage} ({self.stages[stage]}) does not give feature maps (B,K,h,w)')
                 channels[stage], pooled[stage] = output.shape[1], output.mean((2, 3))
                 last[stage] = (calls[-1], calls.count(calls[-1])) if calls else None
             return hook
@@ -140,7 +143,8 @@ class StagedClassifier(nn.Module):
         lost = [s for s in self.stages if s not in channels]
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         stage = list(self.stages)[-1]
-        require('head' in pooled and pooled['head'].shape == pooled[stage].shape and torch.allclose(pooled['head'], pooled[stage], rtol=1e-3, atol=1e-5),
+        require('head' in pooled and pooled['head'].shape == pooled[stage].shape
+            and torch.allclose(pooled['head'], pooled[stage], rtol=1e-3, atol=1e-5),
                 f'head {self._head!r} does not read the global average of {stage} ({self.stages[stage]}); name the module whose output is pooled')
         return channels, last
 
@@ -245,8 +249,10 @@ class Published:
     stats:tuple=((.485, .456, .406), (.229, .224, .225))      # mean, std that the images were normalised with
 
 PUBLIC = {
-    'imagenet': Published('https://download.pytorch.org/models', {a: get_model_weights(a).IMAGENET1K_V1.url.rpartition('/')[2] for a in ARCHS}, 1000),
-    'places365': Published('http://places2.csail.mit.edu/models_places365', {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')}, 365,
+    'imagenet': Published('https://download.pytorch.org/models',
+        {a: get_model_weights(a).IMAGENET1K_V1.url.rpartition('/')[2] for a in ARCHS}, 1000),
+    'places365': Published('http://places2.csail.mit.edu/models_places365', {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')},
+        365,
         {'resnet50_places365.pth.tar': '46529c86902bd0cfb0ea562a30b2850c28d2620d96282b3db9c318e1d774f6c5'}),
 }
 
@@ -259,16 +265,20 @@ def _expected(path, known):
     "Beginning of the SHA-256 that a file has to have: from `SHA256SUMS` beside it, else as known or in its name; None: nobody has said."
     sums, named = path.with_name('SHA256SUMS'), re.search(r'-([0-9a-f]{8,64})\.', path.name)
     lines = sums.read_text().split('\n') if sums.exists() else []
-    return next((l.split()[0].lower() for l in lines if len(l.split()) == 2 and l.split()[1].lstrip('*') == path.name), known or named and named[1])
+    return next((l.split()[0].lower() for l in lines if len(l.split()) == 2 and l.split()[1].lstrip('*') == path.name),
+        known or named and named[1])
 
 def _download(url, path, progress=True):
     "Fetch a file, whole or not at all."
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as f, Progress(desc=path.name, total=int(answer.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True, disable=not progress, leave=False) as bar:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as f, Progress(desc=path.name,
+                total=int(answer.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True, disable=not progress,
+                leave=False) as bar:
             while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
-            require(bar.total in (None, f.tell()), f'{url} ended after {f.tell()} of {bar.total} bytes; try again, or place the file as {path}')
+            require(bar.total in (None, f.tell()),
+                f'{url} ended after {f.tell()} of {bar.total} bytes; try again, or place the file as {path}')
         os.replace(part, path)
     except (OSError, ValueError, http.client.HTTPException) as e:            # urllib's errors are OSErrors
         if isinstance(e, InputError): raise
@@ -288,21 +298,25 @@ def weights_file(
     if fetched: _download(f"{os.environ.get('PCL_NB_WEIGHTS_URL') or public.url}/{path.name}", path, progress)
     with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
     wanted = _expected(path, public.sums.get(path.name))
-    require(wanted is not None, f"{path} has the SHA-256 {found}, for which nobody vouches; if you trust where it comes from, add the line '{found}  {path.name}' to {path.with_name('SHA256SUMS')}")
+    require(wanted is not None,
+        f"{path} has the SHA-256 {found}, for which nobody vouches; if you trust where it comes from, add the line '{found}  {path.name}' to {path.with_name('SHA256SUMS')}")
     if not found.startswith(wanted):
         if fetched: path.unlink()
-        raise InputError(f"{path} has the SHA-256 {found} and should have {wanted}{'...' if len(wanted) < 64 else ''}; " + ('it was not kept, try again' if fetched else 'remove it, and it is fetched again'))
+        raise InputError(f"{path} has the SHA-256 {found} and should have {wanted}{'...' if len(wanted) < 64 else ''}; "
+            + ('it was not kept, try again' if fetched else 'remove it, and it is fetched again'))
     return path
 
 def _open(path):
     "The state dict in a file of weights; no code in it is run."
     scalar = np.float64(0).__reduce__()[0]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(scalar, 'numpy.core.multiarray.scalar'), scalar, np.dtype, type(np.dtype('f8')), type(np.dtype('f4'))]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(scalar, 'numpy.core.multiarray.scalar'), scalar, np.dtype,
+                type(np.dtype('f8')), type(np.dtype('f4'))]):
             warnings.filterwarnings('ignore', 'pickle_load_args')      # torch says that an encoding has no effect here; it has
             found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')       # Python 2's numbers are bytes that no other encoding has
         return {k.removeprefix('module.'): v for k, v in found.get('state_dict', found).items()}
-    except Exception as e: raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({(str(e).strip() or type(e).__name__).splitlines()[0][:120]})') from None
+    except Exception as e:
+        raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({(str(e).strip() or type(e).__name__).splitlines()[0][:120]})') from None
 
 def _fill(module, state, what):
     "Load a state dict; one line if it is another network's."
@@ -336,18 +350,23 @@ def create_model(
 ) -> StagedClassifier:
     "One of the five architectures with named stages 'stage3' and 'stage4'."
     build, stages, head = _BUILD[choose(arch, ARCHS, 'architecture')]
-    require(is_whole(num_classes) and 1 <= num_classes <= 10**6, f'num_classes {brief(num_classes)} is not valid; give 1 or more, up to a million')
+    require(is_whole(num_classes) and 1 <= num_classes <= 10**6,
+        f'num_classes {brief(num_classes)} is not valid; give 1 or more, up to a million')
     require(is_real(width) and 0 < width <= 4, f'width {brief(width)} is not valid; give a factor above 0 and up to 4')
-    for name, v in dict(small_input=small_input, side=side).items(): require(isinstance(v, bool), f'{name} {brief(v)} is not valid; give True or False')
-    require(weights is None or isinstance(weights, (str, os.PathLike)), f"weights {brief(weights)} are not valid; give {', '.join(PUBLIC)}, a file, or None")
+    for name, v in dict(small_input=small_input, side=side).items():
+        require(isinstance(v, bool), f'{name} {brief(v)} is not valid; give True or False')
+    require(weights is None or isinstance(weights, (str, os.PathLike)),
+        f"weights {brief(weights)} are not valid; give {', '.join(PUBLIC)}, a file, or None")
     public = weights in PUBLIC
-    require(not public or (width == 1 and not small_input), f'weights {weights!r} fit the published network; give width 1 and small_input False')
+    require(not public or (width == 1 and not small_input),
+        f'weights {weights!r} fit the published network; give width 1 and small_input False')
     model = StagedClassifier(build(PUBLIC[weights].classes if public else num_classes, width, small_input), stages, head, side, arch)
     if public:
         _fill(model.net, public_state(weights, arch), f'{weights} weights of {arch}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
     elif weights is not None:
-        require(resolve(weights).is_file(), f"weights {brief(str(weights))} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
+        require(resolve(weights).is_file(),
+            f"weights {brief(str(weights))} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
         _fill(model, _open(resolve(weights)), f'weights {str(weights)!r}')
     return model
 
@@ -381,13 +400,17 @@ def _watched(net, x, convs, norms, blind):
             calls[name] += 1
             if id(args[0]) in made: chained[name] = made[id(args[0])][0]; return made[id(args[0])][2]
         return hook
-    with _hooked(*((m.register_forward_hook, after(n)) for n, m in convs.items()), *((m.register_forward_pre_hook, before(n)) for n, m in norms.items())): y = net(x)
+    with _hooked(*((m.register_forward_hook, after(n)) for n, m in convs.items()),
+            *((m.register_forward_pre_hook, before(n)) for n, m in norms.items())):
+        y = net(x)
     return y, [(c, n) for n, c in chained.items() if calls[n] == calls[c] == 1]
 
 def _foldable(model):
     "Names of (convolution, batch norm) pairs of which the second can be taken into the first; found once a network."
     if not hasattr(model, '_pairs'):
-        def plain(kind): return {n: m for n, m in model.net.named_modules() if type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))}
+        def plain(kind):
+            return {n: m for n, m in model.net.named_modules() if type(m) is kind
+                and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))}
         convs, norms = plain(nn.Conv2d), {n: m for n, m in plain(nn.BatchNorm2d).items() if m.track_running_stats}
         x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
         with torch.no_grad():
@@ -406,8 +429,9 @@ class _Fold:
         self.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias, requires_grad=False)
         self.laid_out = None
         self.how = conv.padding, conv.stride, conv.dilation, conv.groups
-        self.fits = conv.weight.device.type == 'cpu' and conv.weight.dtype == torch.float32 and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str) \
-            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+        self.fits = (conv.weight.device.type == 'cpu' and conv.weight.dtype == torch.float32 and conv.padding_mode == 'zeros'
+            and not isinstance(conv.padding, str)
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise'))
 
     @staticmethod
     def _state(conv, norm):
@@ -415,7 +439,8 @@ class _Fold:
         small = [t.detach().clone() for t in (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
         w = conv.weight.detach()
         rows = (w if w.is_contiguous() else w.permute(0, 2, 3, 1)).flatten(1)
-        return (w.data_ptr(), _version(conv.weight), w.dtype, norm.eps), [*small, rows @ torch.arange(rows.shape[1], device=w.device).cos().to(w.dtype)]
+        return (w.data_ptr(), _version(conv.weight), w.dtype, norm.eps), [*small,
+            rows @ torch.arange(rows.shape[1], device=w.device).cos().to(w.dtype)]
 
     def holds(self, conv, norm):
         (of, small), (was, before) = self._state(conv, norm), self.seen
@@ -469,19 +494,22 @@ def _same(x): return x
 # %% ../nbs/02_models.ipynb #8fe3cd69
 def staged(model):
     "The model; `InputError` if it has no stages and heads."
-    require(isinstance(model, StagedClassifier), f'{type(model).__name__} is not a StagedClassifier; create_model makes one, wrap makes one of any CNN')
+    require(isinstance(model, StagedClassifier),
+        f'{type(model).__name__} is not a StagedClassifier; create_model makes one, wrap makes one of any CNN')
     return model
 
 def image_batch(images):
     "The images; `InputError` if they are not a batch."
     given = f'{tuple(images.shape)} {images.dtype}' if isinstance(images, Tensor) else brief(images)
-    require(isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == 3 and images.shape[2]*images.shape[3] and images.is_floating_point(),
+    require(isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == 3 and images.shape[2]*images.shape[3]
+        and images.is_floating_point(),
         f'images {given} are not a batch (B,3,H,W) of normalised, floating-point images')
     return images
 
 def loaded(loader):
     "Yields images (B,3,H,W) and labels, or None, of a loader of images or of (images, labels); checked, empty batches left out."
-    require(hasattr(loader, '__iter__') and not isinstance(loader, (str, Tensor, np.ndarray)), f'{type(loader).__name__} is not a loader; give what yields images (B,3,H,W), or images and labels')
+    require(hasattr(loader, '__iter__') and not isinstance(loader, (str, Tensor, np.ndarray)),
+        f'{type(loader).__name__} is not a loader; give what yields images (B,3,H,W), or images and labels')
     for item in loader:
         x, y = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         if len(image_batch(x)): yield x, y

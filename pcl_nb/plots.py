@@ -21,12 +21,14 @@ from .models import ARCHS, TITLES
 # %% ../nbs/10_plots.ipynb #7b0803bb
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = '#3b6fb6', '#e8862e', '#3f9b52', '#c44e52', '#8268b0', '#8a8a8a'
 NETWORKS = {     # network -> label
-    'init': 'initialised', 'objects': 'objects', 'scenes': 'scenes', 'side': 'side', 'ipc': 'IPC', 'cpc': 'CPC', 'pcl': 'final (PCL)', 'pcl_s4': 'Ours-S4'}
+    'init': 'initialised', 'objects': 'objects', 'scenes': 'scenes', 'side': 'side', 'ipc': 'IPC', 'cpc': 'CPC', 'pcl': 'final (PCL)',
+    'pcl_s4': 'Ours-S4'}
 FIG6 = {'init': BLUE, 'objects': ORANGE, 'scenes': GREEN}
 FIG7 = {'scenes': BLUE, 'pcl': ORANGE}
 FIG8 = {'scenes': GREY, 'side': PURPLE, 'cpc': RED, 'ipc': GREEN, 'pcl': ORANGE}
 FIG9 = {'scenes': BLUE, 'pcl_s4': ORANGE}
-_STYLE = {**sns.axes_style('ticks'), 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8, 'axes.titlesize': 9, 'legend.frameon': False, 'axes.linewidth': .6,
+_STYLE = {**sns.axes_style('ticks'), 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8, 'axes.titlesize': 9,
+    'legend.frameon': False, 'axes.linewidth': .6,
           'xtick.major.width': .6, 'ytick.major.width': .6, 'figure.constrained_layout.use': True}
 
 def _archs(table):
@@ -62,7 +64,8 @@ def _panel(ax, rows, colours, drop, log, smooth):
         if not len(line): continue
         label = 'baseline' if network == 'scenes' and colour != GREEN else NETWORKS[network]
         if smooth > 1: ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
-        ax.plot(line.bin, line['count'].rolling(smooth, center=True, min_periods=1).mean(), color=colour, lw=1.2, ls='--' if colour == GREY else '-', label=label)
+        ax.plot(line.bin, line['count'].rolling(smooth, center=True, min_periods=1).mean(), color=colour, lw=1.2,
+            ls='--' if colour == GREY else '-', label=label)
     if log: ax.set_yscale('symlog', linthresh=1)
     last = rows.bin.max() + 1
     ax.set(xlim=(drop, last), xticks=np.linspace(drop, last, 4).round())
@@ -168,7 +171,8 @@ def focus_by_network(
         for ax, arch in zip(axes[0], archs):
             for network, colour in colours.items():
                 rows = table[(table.arch == arch) & (table.network == network)]
-                if len(rows): _share(ax, rows, colour, 'baseline' if network == 'scenes' else NETWORKS[network], '--' if colour == GREY else '-')
+                if len(rows):
+                    _share(ax, rows, colour, 'baseline' if network == 'scenes' else NETWORKS[network], '--' if colour == GREY else '-')
             ax.set(title=_title(arch), xlabel='coverage ratio'); ax.set_ylim(bottom=0)
         axes[0, 0].set_ylabel('images (%)')
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -214,7 +218,10 @@ def image_groups(
         for i, row in enumerate(rows):
             for j, g in enumerate(x for x in groups if x['row'] == row):
                 inner = outer[i, j].subgridspec(1, 3)
-                for k, (name, text, colour, below) in enumerate((('image', g['truth'], 'black', g.get('note', '')), ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"), ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))):
+                columns = (('image', g['truth'], 'black', g.get('note', '')),
+                    ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"),
+                    ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))
+                for k, (name, text, colour, below) in enumerate(columns):
                     ax = fig.add_subplot(inner[k])
                     ax.imshow(g[name], interpolation='nearest'); ax.set(xticks=[], yticks=[], xlabel=below)
                     ax.set_title(str(text).replace('_', ' '), color=colour, size=8); ax.spines[:].set_visible(False)
@@ -234,11 +241,13 @@ def activity_against_erf(
         fig, axes = plt.subplots(1, len(stages), figsize=(2.5*len(stages) + 1.6, 2.3), squeeze=False)
         for ax, stage in zip(axes[0], stages):
             for r in table[table.stage == stage].itertuples():
-                ax.errorbar(r.positive, r.erf, [[max(r.erf - r.erf_low, 0)], [max(r.erf_high - r.erf, 0)]], fmt=marks[r.arch], color=ACTIVITY[r.network], ms=4, mew=0, elinewidth=.7)
+                ax.errorbar(r.positive, r.erf, [[max(r.erf - r.erf_low, 0)], [max(r.erf_high - r.erf, 0)]], fmt=marks[r.arch],
+                    color=ACTIVITY[r.network], ms=4, mew=0, elinewidth=.7)
             ax.set(title=stage.replace('stage', 'stage '), xlabel='P(x > 0)'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
         axes[0, 0].set_ylabel('ERF size (pixels)')
         networks = [n for n in ACTIVITY if n in set(table.network)]
-        handles = [plt.Line2D([], [], ls='', marker='o', ms=4, mew=0, color=ACTIVITY[n], label=NETWORKS[n]) for n in networks] + [plt.Line2D([], [], ls='', marker=marks[a], ms=4, mew=0, color=GREY, label=_title(a)) for a in archs]
+        def mark(marker, color, label): return plt.Line2D([], [], ls='', marker=marker, ms=4, mew=0, color=color, label=label)
+        handles = [mark('o', ACTIVITY[n], NETWORKS[n]) for n in networks] + [mark(marks[a], GREY, _title(a)) for a in archs]
         fig.legend(handles=handles, loc='outside right upper')
     return fig
 
@@ -251,7 +260,8 @@ def accuracy_against_focus(
         colours = dict(zip(table.method, [GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968']))
         for r in table.itertuples():
             std = [0 if pd.isna(v) else v for v in (r.top1_std, r.coverage_std)]
-            ax.errorbar(r.coverage, 100*r.top1, 100*std[0], std[1], fmt='o', color=colours[r.method], ms=5, mew=0, elinewidth=.8, capsize=1.5, label=r.method)
+            ax.errorbar(r.coverage, 100*r.top1, 100*std[0], std[1], fmt='o', color=colours[r.method], ms=5, mew=0, elinewidth=.8,
+                capsize=1.5, label=r.method)
         ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
         fig.legend(loc='outside right upper')
     return fig
@@ -264,13 +274,15 @@ def speed_ratios(
     parts = list(dict.fromkeys(table.part))
     with plt.rc_context(_STYLE):
         heights = [len(table[(table.part == p) & (table.what != table.against)]) for p in parts]
-        fig, axes = plt.subplots(len(parts), 1, figsize=(5, .21*sum(heights) + .75*len(parts)), squeeze=False, height_ratios=[h + 1 for h in heights])
+        fig, axes = plt.subplots(len(parts), 1, figsize=(5, .21*sum(heights) + .75*len(parts)), squeeze=False,
+            height_ratios=[h + 1 for h in heights])
         for ax, p in zip(axes[:, 0], parts):
             rows = table[(table.part == p) & (table.what != table.against)]
             ax.barh([f'{r.what}, {_title(r.arch)}' for r in rows.itertuples()], rows.times_as_fast, color=BLUE, height=.6)
             for y, v in enumerate(rows.times_as_fast): ax.text(v, y, f' {v:.2f}', va='center', size=7)
             ax.axvline(1, color=GREY, lw=.8, ls='--'); ax.invert_yaxis(); ax.tick_params(length=2)
-            ax.set_title('loading: times as fast as torchvision' if p == 'loading' else rows.against.iloc[0] + ''.join(p.partition(', ')[1:]) + ': times as fast as', loc='left')
+            ax.set_title('loading: times as fast as torchvision' if p == 'loading'
+                else rows.against.iloc[0] + ''.join(p.partition(', ')[1:]) + ': times as fast as', loc='left')
     return fig
 
 # %% ../nbs/10_plots.ipynb #d29b98e1
@@ -287,7 +299,8 @@ def verdict_matrix(
         for r in table.itertuples():
             x, y = archs.index(r.arch), claims.index(r.claim)
             ax.add_patch(plt.Rectangle((x + .03, y + .06), .94, .88, color=VERDICTS.get(r.verdict, 'white'), lw=0))
-            ax.text(x + .5, y + .5, r.verdict if r.verdict in VERDICTS else '', ha='center', va='center', size=6.5, color='black' if r.verdict == 'inconclusive' else 'white')
+            ax.text(x + .5, y + .5, r.verdict if r.verdict in VERDICTS else '', ha='center', va='center', size=6.5,
+                color='black' if r.verdict == 'inconclusive' else 'white')
         ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0), xticks=np.arange(len(archs)) + .5, yticks=np.arange(len(claims)) + .5)
         ax.set_xticklabels([_title(a) if a != 'all' else 'all' for a in archs]); ax.set_yticklabels(claims)
         ax.xaxis.tick_top(); ax.tick_params(length=0); ax.spines[:].set_visible(False)
@@ -301,7 +314,8 @@ def open_choices(
     panels = list(dict.fromkeys(zip(table.claim, table.compared)))
     heights = [sum((table.claim == c) & (table.compared == w)) for c, w in panels]
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), 1, figsize=(6.4, .17*sum(heights) + .62*len(panels)), squeeze=False, height_ratios=[h + 1.5 for h in heights])
+        fig, axes = plt.subplots(len(panels), 1, figsize=(6.4, .17*sum(heights) + .62*len(panels)), squeeze=False,
+            height_ratios=[h + 1.5 for h in heights])
         for ax, (claim, compared) in zip(axes[:, 0], panels):
             rows = table[(table.claim == claim) & (table.compared == compared)].reset_index(drop=True)
             first = ~rows.choice.duplicated()
@@ -312,7 +326,9 @@ def open_choices(
             ax.axvline(0, color=GREY, lw=.7, ls='--'); ax.set_ylim(len(rows) - .4, -.6)
             ax.set_yticks(range(len(rows)), [f'{r.choice} {r.about}: {r.alternative}' for r in rows.itertuples()], size=6.5)
             for label, bold in zip(ax.get_yticklabels(), first): label.set_fontweight('bold' if bold else 'normal')
-            ax.set_title(f'{claim}: {compared}', loc='left'); ax.tick_params(length=2); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
+            ax.set_title(f'{claim}: {compared}', loc='left')
+            ax.tick_params(length=2)
+            ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
     return fig
 
 # %% ../nbs/10_plots.ipynb #62baea07
@@ -324,7 +340,8 @@ def impact_lines(
     drop:int=10        # lowest bins left out
 ):
     "Histograms of impact maps, a line a network."
-    for (label, counts), colour in zip(histograms.items(), (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)): ax.plot(np.arange(drop, len(counts)), counts[drop:], color=colour, lw=1.2, label=label)
+    for (label, counts), colour in zip(histograms.items(), (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)):
+        ax.plot(np.arange(drop, len(counts)), counts[drop:], color=colour, lw=1.2, label=label)
     ax.set(xlim=(drop, len(counts)), xlabel='bin of normalised impact', ylabel='pixels'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
 
 def impact_panel(
@@ -341,12 +358,14 @@ def explored(
 ) -> Figure:
     "One image as several networks see it, a row a network."
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(rows), len(SEEN) + 3, figsize=(1.35*(len(SEEN) + 3) + 2.4, 1.6*len(rows) + .2), squeeze=False, width_ratios=[1]*len(SEEN) + [1.25]*3)
+        fig, axes = plt.subplots(len(rows), len(SEEN) + 3, figsize=(1.35*(len(SEEN) + 3) + 2.4, 1.6*len(rows) + .2), squeeze=False,
+            width_ratios=[1]*len(SEEN) + [1.25]*3)
         for i, (line, r) in enumerate(zip(axes, rows)):
             for ax, name in zip(line, SEEN):
                 ax.imshow(r[name], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
                 if i == 0: ax.set_title(name)
-            line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' ')); line[SEEN.index('focus area')].set_xlabel(r['note'])
+            line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' '))
+            line[SEEN.index('focus area')].set_xlabel(r['note'])
             impact_lines(line[-3], {r['network']: r['histogram']})
             for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
                 labels, shares = zip(*r[name])

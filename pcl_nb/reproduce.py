@@ -31,7 +31,8 @@ def manifest(
 ) -> dict:  # 'experiments' and 'figures'
     "What there is to reproduce; `InputError` where the notebooks are not at hand."
     path = root()/'nbs'/'figures.yaml'
-    require(path.exists(), f'{path} is not there: the notebooks come with the repository, not with the installed package; run this inside a clone')
+    require(path.exists(),
+        f'{path} is not there: the notebooks come with the repository, not with the installed package; run this inside a clone')
     return yaml.safe_load(path.read_text())
 
 PAPER_DATA = dict(scenes='places365', objects='imagenet')     # of profile paper, where no other is named
@@ -66,16 +67,20 @@ def plan(
             continue
         e = there['experiments'][f['experiment']]
         paper = f.get('archs', ARCHS)
-        mine = [a for a in ARCHS if a in (archs or paper)] if 'choose' in e or not archs else [a for a in paper if a in archs] or list(archs)
+        if 'choose' in e or not archs: mine = [a for a in ARCHS if a in (archs or paper)]
+        else: mine = [a for a in paper if a in archs] or list(archs)
         fits = e.get('sizes', {})
-        common = {'profile': profile, **fits.get('reduced' if reduced else '', {}), **fits.get(profile, {}), **{k: v for k, v in given.items() if k in e['takes']}}
+        common = {'profile': profile, **fits.get('reduced' if reduced else '', {}), **fits.get(profile, {}),
+            **{k: v for k, v in given.items() if k in e['takes']}}
         for arch in mine if 'each' in e else [None]:
             key = f['experiment'], arch or (tuple(mine) if 'choose' not in e else None)
             job = jobs.setdefault(key, Job(f['experiment'], dict(common), last=e.get('last', False)))
             job.figures.append(name)
             job.outputs += [o.format(arch=a) for o in f['outputs'] for a in ([arch] if arch else mine if '{arch}' in o else [''])]
             if arch: job.parameters[e['each']] = arch
-            elif 'archs' in e: job.parameters[e['archs']] = ','.join(a for a in ARCHS if a in {*mine, *filter(None, job.parameters.get(e['archs'], '').split(','))})
+            elif 'archs' in e:
+                job.parameters[e['archs']] = ','.join(a for a in ARCHS
+                    if a in {*mine, *filter(None, job.parameters.get(e['archs'], '').split(','))})
             if 'choose' in e: job.parameters[e['choose']] = ','.join(filter(None, (job.parameters.get(e['choose'], ''), str(f['choose']))))
     return list(jobs.values())
 
@@ -94,7 +99,8 @@ def recipes_of(
         if cell.cell_type != 'code': continue
         with contextlib.redirect_stdout(io.StringIO()): exec(compile(cell.source, f'{job.notebook}.ipynb', 'exec'), names)
         if 'parameters' in cell.metadata.get('tags', []):
-            for p in job.parameters: choose(p, [k for k in names if k not in names['before'] and not k.startswith('_')], f'parameter of {job.notebook}')
+            for p in job.parameters:
+                choose(p, [k for k in names if k not in names['before'] and not k.startswith('_')], f'parameter of {job.notebook}')
             names.update(job.parameters)
         if _assigns(cell.source, 'recipes'): return dict(names['recipes'])
     raise InputError(f'{job.notebook}.ipynb does not say which runs it needs: no cell assigns recipes')
@@ -131,7 +137,8 @@ def run_notebook(
     out = Path(executed)/f"{job.notebook}{'_' + arch if arch and job.notebook != 'erf' else ''}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(notebook_path(job.notebook)), str(out), job.parameters, kernel_name='python3', progress_bar=False, log_output=False,
+        papermill.execute_notebook(str(notebook_path(job.notebook)), str(out), job.parameters, kernel_name='python3', progress_bar=False,
+            log_output=False,
             extra_arguments=['--IPKernelApp.log_level=40'])      # no word on transport encryption: the kernel is on this machine
         state = '; '.join(missing_outputs(folder, job.outputs, before)) or 'done'
     except papermill.PapermillExecutionError as e: state = f'failed: {e.ename}: {e.evalue}'.splitlines()[0]
@@ -141,9 +148,12 @@ def run_notebook(
 def _receipt(job, needs, folder):
     "Where it is noted that a job is done: named after all that its results depend on, so that any change asks for another."
     source = [c.source for c in nbformat.read(notebook_path(job.notebook), as_version=4).cells if c.cell_type == 'code']
-    code = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(sys.modules[InputError.__module__].__file__).parent.glob('*.py'))]
+    code = [hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(Path(sys.modules[InputError.__module__].__file__).parent.glob('*.py'))]
     weights = {r.key: json.loads((runs_dir()/r.key/'run.json').read_text())['sha256'] for r in needs.values()}
-    data = [fingerprint(d, r.size, r.train, r.val, r.data_seed) for d, r in {d: r for r in needs.values() for d in (r.data, job.parameters.get('scenes', ''), job.parameters.get('objects', '')) if d and not is_drawn(d)}.items()]
+    data = [fingerprint(d, r.size, r.train, r.val, r.data_seed)
+        for d, r in {d: r for r in needs.values() for d in (r.data, job.parameters.get('scenes', ''), job.parameters.get('objects', ''))
+            if d and not is_drawn(d)}.items()]
     return runs_dir()/'done'/f'{digest([source, code, weights, data, job.parameters, str(Path(folder).resolve()), versions()])}.json'
 
 def _sums(job, folder):
@@ -180,13 +190,15 @@ def reproduce(
         lacks = [failed[r.key] for r in n.values() if r.key in failed]
         state = f'failed: {lacks[0]}' if lacks else 'up to date' if up_to_date(job, n, folder) else ''
         if state: rows[i] = dict(notebook=job.notebook, figures=' '.join(job.figures), seconds=0., state=state)
-    bar = Progress(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress, bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
+    bar = Progress(total=len(jobs), initial=len(rows), desc='notebooks', unit='', disable=not progress,
+        bar_format='{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     for last in (False, True):
         now = [i for i, job in enumerate(jobs) if job.last == last and i not in rows]
         if not now: continue
         at_once = (workers if engine in ('', 'local') else 0) or (1 if torch.cuda.is_available() else cores())
         with pool(min(at_once, sum(job.last == last for job in jobs))) as (at_once, _):       # not len(now): the threads of a kernel are the command's, whatever is left to do
-            for i, row in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(joblib.delayed(_numbered)(i, jobs[i], folder, runs_dir()/'executed') for i in now):
+            work = (joblib.delayed(_numbered)(i, jobs[i], folder, runs_dir()/'executed') for i in now)
+            for i, row in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(work):
                 if row['state'] == 'done': write_atomic(_receipt(jobs[i], needs[i], folder), to_json(_sums(jobs[i], folder)).encode())
                 rows[i] = row; bar.set_postfix_str(f"{row['notebook']}: {row['state'][:40]}"); bar.update()
     bar.close()
@@ -200,9 +212,11 @@ def verdicts(
 ) -> pd.DataFrame:  # arch, claim, says, evidence, verdict, figure
     "All verdicts that were stored; of a claim that two experiments judge, the one that asks more networks."
     order = 'erf', 'focus', 'fig4', 'table1', 'relu', 'joint'
-    files = sorted(Path(folder).glob('*_claims*.csv'), key=lambda p: (order.index(p.stem.split('_')[0]), p.stem) if p.stem.split('_')[0] in order else (-1, p.stem))
+    files = sorted(Path(folder).glob('*_claims*.csv'),
+        key=lambda p: (order.index(p.stem.split('_')[0]), p.stem) if p.stem.split('_')[0] in order else (-1, p.stem))
     if not files: return pd.DataFrame(columns=['arch', 'claim', 'says', 'evidence', 'verdict', 'figure'])
-    return in_order(pd.concat([pd.read_csv(f) for f in files], ignore_index=True)[['arch', 'claim', 'says', 'evidence', 'verdict', 'figure']].query("verdict != 'compares architectures'").drop_duplicates(['arch', 'claim'], keep='last'))
+    found = pd.concat([pd.read_csv(f) for f in files], ignore_index=True)[['arch', 'claim', 'says', 'evidence', 'verdict', 'figure']]
+    return in_order(found.query("verdict != 'compares architectures'").drop_duplicates(['arch', 'claim'], keep='last'))
 
 def verdict_matrix(
     found:pd.DataFrame  # from `verdicts`
@@ -223,29 +237,38 @@ def entries(
     there, found = manifest(), []
     for name, f in there['figures'].items():
         e = there['experiments'][f['experiment']]
-        stems = [p.stem for o in f['outputs'] for p in sorted(Path(folder).glob(o.format(arch='*') + '.json')) if '{arch}' in o or p.stem == o]
+        stems = [p.stem for o in f['outputs'] for p in sorted(Path(folder).glob(o.format(arch='*') + '.json'))
+            if '{arch}' in o or p.stem == o]
         joint = [s for s in {o.split('_{arch}')[0] for o in f['outputs'] if '{arch}' in o} if (Path(folder)/f'{s}.png').exists()]
         pictures = joint or [s for s in stems if (Path(folder)/f'{s}.png').exists()]
         if not stems: continue
         chosen = f" -p {e['choose']} {f['choose']}" if 'choose' in e else ''
-        found.append(dict(id=name, caption=f['caption'], paper=f['paper'], command=f"papermill nbs/{f['experiment']}.ipynb out.ipynb{chosen}", pictures=pictures, tables=[s for s in stems if (Path(folder)/f'{s}.md').exists()], stems=stems))
+        found.append(dict(id=name, caption=f['caption'], paper=f['paper'],
+            command=f"papermill nbs/{f['experiment']}.ipynb out.ipynb{chosen}", pictures=pictures,
+            tables=[s for s in stems if (Path(folder)/f'{s}.md').exists()], stems=stems))
     return found
 
-def _title(id): return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'choices': 'Open choices', 'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
+def _title(id):
+    return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'choices': 'Open choices',
+        'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
 
 def gallery(
     folders:dict  # profile -> where its results are
 ) -> str:  # Markdown; links are relative to the folders' parent
     "Each figure with its caption, the command that made it, the paper's statement and ours."
-    text = ['# Results', '', '> Written by `pcl-reproduce --gallery` from the files beside it. Each picture has its numbers (CSV) and its history (JSON) beside it.', '']
+    text = ['# Results', '',
+        '> Written by `pcl-reproduce --gallery` from the files beside it. Each picture has its numbers (CSV) and its history (JSON) beside it.', '']
     for profile, folder in folders.items():
         there, said = entries(folder), verdicts(folder)
         if not there: continue
         text += [f'## Profile `{profile}`', '', *_markdown(verdict_matrix(said)), '']
         for e in there:
             text += [f"### {_title(e['id'])}: {e['caption'][0].lower() + e['caption'][1:] if e['caption'].split()[0][1:].islower() else e['caption']}", '', f"`{e['command']} -p profile {profile}`", '', f"The paper: {e['paper']}", '']
-            ours = said[said.figure.fillna('').str.split(r',\s*').apply(lambda f: e['id'] in f or (e['id'] == 'relu' and 'relu_activity' in f))]
-            if len(ours): text += ['Ours: ' + '; '.join(f"{c} " + ', '.join(f"{TITLES.get(r.arch, 'all')} {r.verdict}" for r in t.itertuples()) for c, t in ours.groupby('claim', sort=False)) + '.', '']
+            id = 'relu_activity' if e['id'] == 'relu' else e['id']
+            ours = said[said.figure.fillna('').str.split(r',\s*').apply(lambda f: id in f)]
+            if len(ours):
+                text += ['Ours: ' + '; '.join(f"{c} " + ', '.join(f"{TITLES.get(r.arch, 'all')} {r.verdict}" for r in t.itertuples())
+                    for c, t in ours.groupby('claim', sort=False)) + '.', '']
             for p in e['pictures']: text += [f"![{e['caption']}]({Path(folder).name}/{p}.png)", '']
             for t in e['tables']: text += [(Path(folder)/f'{t}.md').read_text().rstrip(), '']
     return '\n'.join(text).rstrip() + '\n'
@@ -277,7 +300,8 @@ def _html_table(table):
     def cell(v):
         text = escape('' if pd.isna(v) else f'{v:.4g}' if isinstance(v, float) else str(v))
         return f'<td class="{text}">{text}</td>' if text in ('supported', 'contradicted', 'inconclusive') else f'<td>{text}</td>'
-    return f"<table><thead><tr>{''.join(f'<th>{escape(str(c))}</th>' for c in table.columns)}</tr></thead><tbody>" + ''.join(f"<tr>{''.join(map(cell, r))}</tr>" for r in table.itertuples(index=False)) + '</tbody></table>'
+    return (f"<table><thead><tr>{''.join(f'<th>{escape(str(c))}</th>' for c in table.columns)}</tr></thead><tbody>"
+        + ''.join(f"<tr>{''.join(map(cell, r))}</tr>" for r in table.itertuples(index=False)) + '</tbody></table>')
 
 def report(
     folder,        # where results are
@@ -289,12 +313,15 @@ def report(
     for e in entries(folder):
         pictures = ''.join(f'<p><img alt="{escape(e["caption"])}" src="data:image/png;base64,{base64.b64encode((folder/f"{p}.png").read_bytes()).decode()}"></p>' for p in e['pictures'])
         found = {s: pd.read_csv(folder/f'{s}.csv') for s in e['stems']}
-        tables = ''.join(f'<details><summary>{escape(s)}.csv</summary><div class="wide">{_html_table(t)}</div></details>' for s, t in found.items() if len(t) <= 60)
+        tables = ''.join(f'<details><summary>{escape(s)}.csv</summary><div class="wide">{_html_table(t)}</div></details>'
+            for s, t in found.items() if len(t) <= 60)
         notebook = Path(executed or '')/f"{e['command'].split('nbs/')[1].split('.')[0]}.ipynb"
         link = f' <a href="{escape(os.path.relpath(notebook, folder))}">executed notebook</a>' if executed and notebook.exists() else ''
         parts.append(f'<h2 id="{e["id"]}">{_title(e["id"])}: {escape(e["caption"])}</h2><p class="paper">The paper: {escape(e["paper"])}</p>{pictures}{tables}<p><code>{escape(e["command"])} -p profile {profile}</code>{link}</p>')
-    about = f'{len(parts)} figures and tables; ' + ', '.join(f'{n} {v}' for v, n in said.verdict.value_counts().items() if v in ('supported', 'contradicted', 'inconclusive')) + '.' if len(said) else 'No verdicts yet.'
-    return _PAGE.format(profile=escape(profile), about=about, matrix=_html_table(verdict_matrix(said)), evidence=_html_table(said[['claim', 'arch', 'evidence', 'verdict']]), figures=''.join(parts))
+    counts = [f'{n} {v}' for v, n in said.verdict.value_counts().items() if v in ('supported', 'contradicted', 'inconclusive')]
+    about = f"{len(parts)} figures and tables; {', '.join(counts)}." if len(said) else 'No verdicts yet.'
+    return _PAGE.format(profile=escape(profile), about=about, matrix=_html_table(verdict_matrix(said)),
+        evidence=_html_table(said[['claim', 'arch', 'evidence', 'verdict']]), figures=''.join(parts))
 
 # %% ../nbs/12_reproduce.ipynb #c4ef11be
 TFLOPS = {'core': .35, 'GPU': 40.}
@@ -306,7 +333,8 @@ def estimate(
 ) -> pd.DataFrame:  # a row a run: state, run, hours; the hours rounded, so that they add up
     "How long training takes, with `attrs['digits']` behind the point; what is stored takes nothing."
     rate = 3600e12*(tflops or TFLOPS[choose(unit, TFLOPS, 'unit')])
-    found = pd.DataFrame([dict(state='stored' if is_trained(r) else 'train', run=title(r), hours=0. if is_trained(r) else cost(r)/rate) for r in recipes], columns=['state', 'run', 'hours'])
+    found = pd.DataFrame([dict(state='stored' if is_trained(r) else 'train', run=title(r), hours=0. if is_trained(r) else cost(r)/rate)
+        for r in recipes], columns=['state', 'run', 'hours'])
     middle = found.hours[found.hours > 0].median()
     found.attrs['digits'] = max(1, 2 - math.floor(math.log10(middle))) if middle > 0 else 1
     return found.round(found.attrs['digits'])
@@ -320,21 +348,27 @@ def _parser():
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
     p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few repeats')
-    p.add_argument('--scenes', help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
-    p.add_argument('--objects', help='object data: concept_objects, imagenet or folder:PATH (default: concept_objects; at profile paper imagenet)')
+    p.add_argument('--scenes',
+        help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
+    p.add_argument('--objects',
+        help='object data: concept_objects, imagenet or folder:PATH (default: concept_objects; at profile paper imagenet)')
     p.add_argument('--archs', default='', metavar='ARCH,...', help="architectures (default: the paper's for each figure)")
     p.add_argument('--seeds', type=int, help='repeats, where the paper repeats (default: 3)')
     p.add_argument('--seed', type=int, help='the first seed (default: 0)')
     p.add_argument('--epochs', type=int, help="of training (default: the profile's)")
-    p.add_argument('--workers', type=int, default=0, help='networks trained, and notebooks run, at a time (default: one a core, on a GPU one, on a cluster all it has)')
+    p.add_argument('--workers', type=int, default=0,
+        help='networks trained, and notebooks run, at a time (default: one a core, on a GPU one, on a cluster all it has)')
     p.add_argument('--engine', default='local', help=f"where networks are trained: {', '.join(ENGINES)} (default: local)")
     p.add_argument('--device', help='cpu, cuda, mps ... (default: the fastest there is)')
     p.add_argument('--out', help='folder for the results (default: figures/PROFILE)')
-    p.add_argument('--dry-run', action='store_true', help='say what would be trained and run, with an estimate of the time that training takes, and do nothing; needs no data at profile paper')
-    p.add_argument('--tflops', type=float, help=f"of --dry-run: 10^12 operations a second of what trains one network (default: {TFLOPS['GPU']:g}, an A100, at profile paper; else {TFLOPS['core']:g}, one core)")
+    p.add_argument('--dry-run', action='store_true',
+        help='say what would be trained and run, with an estimate of the time that training takes, and do nothing; needs no data at profile paper')
+    p.add_argument('--tflops', type=float,
+        help=f"of --dry-run: 10^12 operations a second of what trains one network (default: {TFLOPS['GPU']:g}, an A100, at profile paper; else {TFLOPS['core']:g}, one core)")
     p.add_argument('--resume', action='store_true', help='go on where an earlier command was: always so, accepted for clarity')
     p.add_argument('--html', action='store_true', help='write report.html beside the results')
-    p.add_argument('--gallery', action='store_true', help='write README.md beside the folders of results, from what is there, and do nothing else')
+    p.add_argument('--gallery', action='store_true',
+        help='write README.md beside the folders of results, from what is there, and do nothing else')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     return p
 
@@ -355,7 +389,8 @@ def main(
         check_engine(a.engine)
         folders = [d for d in (a.scenes, a.objects) if d and not is_drawn(d)]
         profile = 'photos' if a.profile == 'embedded' and folders else a.profile
-        jobs = plan(listed(a.only), profile, listed(a.archs), a.reduced, scenes=a.scenes, objects=a.objects, seed=a.seed, seeds=a.seeds, epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
+        jobs = plan(listed(a.only), profile, listed(a.archs), a.reduced, scenes=a.scenes, objects=a.objects, seed=a.seed, seeds=a.seeds,
+            epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
         folder, unit = resolve(a.out) if a.out else figures_dir(profile), 'GPU' if profile == 'paper' else 'core'
         with published_sizes() if a.dry_run else contextlib.nullcontext():
             table = estimate({r.key: r for j in jobs for r in recipes_of(j).values()}.values(), unit, a.tflops)
@@ -364,11 +399,14 @@ def main(
             width, digits = max(map(len, table.run), default=0), table.attrs['digits']
             for row in table.itertuples(): print(f'  {row.state:6} {row.run:{width}} {row.hours:12,.{digits}f}')
             print(f"  total  {'':{width}} {table.hours.sum():12,.{digits}f} {unit} hours of training: an estimate, at {a.tflops or TFLOPS[unit]:g} x 10^12 operations a second (--tflops)")
-            for j in jobs: print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))
+            for j in jobs:
+                print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))
             return 0
         table = reproduce(jobs, folder, a.workers, a.device, not a.quiet, a.engine)
     except InputError as e: parser.error(str(e))
-    except OSError as e: print(f'error: {e.filename or folder}: {e.strerror or e}; the same command goes on where this one was', file=sys.stderr); return 1
+    except OSError as e:
+        print(f'error: {e.filename or folder}: {e.strerror or e}; the same command goes on where this one was', file=sys.stderr)
+        return 1
     except KeyboardInterrupt: print('interrupted; the same command goes on where this one was', file=sys.stderr); return 130
     print(table.to_string(index=False))
     if a.html:

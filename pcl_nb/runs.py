@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'CHECKS', 'AS_PUBLISHED', 'trained', 'is_trained', 'image_cost',
            'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'train_all', 'stored', 'val_images', 'random_batches',
-           'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of']
+           'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings
@@ -21,7 +21,8 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, generator, integer, is_whole, list_of, one_of, or_profile, out_folder, pairs, require,
+from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, generator, integer, is_whole, list_of,
+    one_of, or_profile, out_folder, pairs, require,
     resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
@@ -55,7 +56,8 @@ def image_cost(
     classes:int
 ) -> float:  # floating point operations, and what counts as such
     "Cost of one image's forward pass."
-    with torch.device('meta'): net, x = _BUILD[choose(arch, ARCHS, 'architecture')][0](classes, width, small_input), torch.empty(1, 3, size, size)
+    with torch.device('meta'):
+        net, x = _BUILD[choose(arch, ARCHS, 'architecture')][0](classes, width, small_input), torch.empty(1, 3, size, size)
     written = []
     for m in net.eval().modules():
         if not [*m.children()]: m.register_forward_hook(lambda module, args, output: written.append(output.numel()))
@@ -90,7 +92,8 @@ def title(
 
 def _check_worker(worker, runs, sees, threads):
     require(sees, f'worker {worker} cannot see {runs}; set PCL_NB_RUNS to a folder on a file system that all workers share')
-    require(threads == 1, f"worker {worker} has {threads} threads, but seeds are the process's; start workers with --nthreads 1, as many as are to train at a time")
+    require(threads == 1,
+        f"worker {worker} has {threads} threads, but seeds are the process's; start workers with --nthreads 1, as many as are to train at a time")
 
 def _train_one(recipe, folder, device):
     "In a worker: train, telling the parent through a file; load nothing back. Gives the run's key, and what went wrong."
@@ -119,8 +122,10 @@ def check_engine(
     if name in ('', 'local'): return name
     kind, _, where = str(name).partition(':')
     if kind != 'dask' or not where: choose(name, ENGINES, 'engine')
-    require(all(map(importlib.util.find_spec, ('dask', 'distributed'))), f'engine {name!r} needs Dask, which is not installed: pip install "dask[distributed]"')
-    require(not where.endswith('.json') or resolve(where).is_file(), f'engine {brief(name)}: there is no file {brief(where)}; give the one that dask scheduler --scheduler-file wrote')
+    require(all(map(importlib.util.find_spec, ('dask', 'distributed'))),
+        f'engine {name!r} needs Dask, which is not installed: pip install "dask[distributed]"')
+    require(not where.endswith('.json') or resolve(where).is_file(),
+        f'engine {brief(name)}: there is no file {brief(where)}; give the one that dask scheduler --scheduler-file wrote')
     return name
 
 @contextlib.contextmanager
@@ -130,7 +135,8 @@ def pool(
     "What joblib runs in parallel inside, runs in processes on this machine that share its cores."
     done = False
     try:
-        with joblib.parallel_config('loky', n_jobs=workers, inner_max_num_threads=max(cores()//workers, 1)): yield workers, BrokenProcessPool
+        with joblib.parallel_config('loky', n_jobs=workers, inner_max_num_threads=max(cores()//workers, 1)):
+            yield workers, BrokenProcessPool
         done = True
     finally: get_reusable_executor().shutdown(wait=True, kill_workers=not done)     # idle workers would hold a gigabyte each, and the exit of a forked parent
 
@@ -139,11 +145,15 @@ def _dask(name, workers):
     "The same as `pool` on a Dask cluster, once its workers have been found fit."
     from dask.distributed import Client, KilledWorker
     where, runs = name.split(':', 1)[1], runs_dir().resolve()
-    try: client = Client(**dict(scheduler_file=where) if where.endswith('.json') else dict(address=where), timeout=WAIT, set_as_default=False)
-    except (OSError, ValueError, LookupError) as e: raise InputError(f'engine {name!r}: no Dask scheduler answers ({str(e).splitlines()[0]}); start one with dask scheduler, or use the engine local') from None
+    try:
+        client = Client(**dict(scheduler_file=where) if where.endswith('.json') else dict(address=where), timeout=WAIT,
+            set_as_default=False)
+    except (OSError, ValueError, LookupError) as e:
+        raise InputError(f'engine {name!r}: no Dask scheduler answers ({str(e).splitlines()[0]}); start one with dask scheduler, or use the engine local') from None
     with client, tempfile.NamedTemporaryFile(dir=runs, prefix='.seen') as mark:
         try: client.wait_for_workers(1, timeout=WAIT)
-        except TimeoutError: raise InputError(f'engine {name!r}: no worker within {WAIT} seconds; start some with dask worker {client.scheduler.address} --nthreads 1') from None
+        except TimeoutError:
+            raise InputError(f'engine {name!r}: no worker within {WAIT} seconds; start some with dask worker {client.scheduler.address} --nthreads 1') from None
         def look(path): return importlib.util.find_spec('pcl_nb') is not None, os.path.exists(path)
         for worker, (installed, sees) in client.run(look, mark.name).items():
             require(installed, f'worker {worker} has no pcl_nb; install it there, in the same version')
@@ -177,7 +187,8 @@ def train_all(
     folders = {k: runs_dir().resolve()/k for k in todo}
     for folder in folders.values(): folder.mkdir(parents=True, exist_ok=True)
     if here: workers = min(workers or (1 if torch.cuda.is_available() else cores()), len(todo))
-    bar = Progress(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%', disable=not progress, mininterval=1, maxinterval=5,
+    bar = Progress(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%',
+        disable=not progress, mininterval=1, maxinterval=5,
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}')
     stop, failed, deaths = threading.Event(), {}, 0
 
@@ -190,19 +201,24 @@ def train_all(
                     done, images = map(int, (folder/'progress').read_text().split())
                     part += costs[k]/total*done/max(images, 1)
             bar.n = 100*part
-            bar.set_postfix_str(f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done' + f', {len(failed)} failed'*bool(failed))
+            bar.set_postfix_str(f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done'
+                + f', {len(failed)} failed'*bool(failed))
     thread = threading.Thread(target=watch, daemon=True); thread.start()
     try:
         with pool(workers) if here else _dask(engine, workers) as (at_once, Died):
             while todo:
                 try:
                     for k, error in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(
-                            joblib.delayed(_train_one)(missing[k] if here else _anywhere(missing[k]), folders[k], device) for k in list(todo)):
+                            joblib.delayed(_train_one)(missing[k] if here else _anywhere(missing[k]), folders[k], device)
+                            for k in list(todo)):
                         todo.remove(k); deaths = 0
-                        if error or not (folders[k]/'run.json').exists(): failed[k] = f"{title(missing[k], ' ')}: {error or f'trained, but not in {folders[k]}'}"
+                        if error or not (folders[k]/'run.json').exists():
+                            failed[k] = f"{title(missing[k], ' ')}: {error or f'trained, but not in {folders[k]}'}"
                 except Died:
                     deaths += 1
-                    if deaths >= LIVES: failed.update({k: f"{title(missing[k], ' ')}: its worker died, {LIVES} times in a row; out of memory, perhaps: try fewer workers" for k in todo}); break
+                    if deaths >= LIVES:
+                        failed.update({k: f"{title(missing[k], ' ')}: its worker died, {LIVES} times in a row; out of memory, perhaps: try fewer workers" for k in todo})
+                        break
     finally:
         stop.set(); thread.join()
         finished = len(missing) - len(failed) - len(todo)*(deaths < LIVES)
@@ -264,8 +280,10 @@ def random_batches(
 LEARNED = 3     # times chance: the accuracy from which a trained network says something about training
 
 CHECKS = dict(
-    archs=list_of(one_of(ARCHS, 'architecture')), profile=one_of(PROFILES, 'profile'), scenes=lambda name: check_data(name, trains=False), objects=lambda name: check_data(name, trains=False),
-    images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)), bootstrap=or_profile(integer(2, 10_000)),
+    archs=list_of(one_of(ARCHS, 'architecture')), profile=one_of(PROFILES, 'profile'), scenes=lambda name: check_data(name, trains=False),
+    objects=lambda name: check_data(name, trains=False),
+    images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)),
+    bootstrap=or_profile(integer(2, 10_000)),
     scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), workers=integer(0), device=text, out=out_folder)
 
 def checks(
@@ -283,7 +301,8 @@ def settle(
     if 'pcl' in P: get_method('pcl', **P['pcl'])
     sizes = PROFILES[P['profile']]
     public = P['profile'] == 'public'
-    require(not public or not is_drawn(P.get('scenes', '')), 'profile public takes photographs: give scenes as folder:PATH, with val/CLASS/*, or places365:PATH')
+    require(not public or not is_drawn(P.get('scenes', '')),
+        'profile public takes photographs: give scenes as folder:PATH, with val/CLASS/*, or places365:PATH')
     for name in data: check_data(name, trains=not public)
     for name in ('images', 'size', 'bootstrap'):
         if P.get(name) == -1: P[name] = getattr(sizes, name)
@@ -305,14 +324,17 @@ def recipe_of(
     "The recipe of a network by its short name."
     method = 'baseline' if network in ('init', 'objects', 'scenes') else choose(network, METHODS, 'network')
     options = {} if method in ('baseline', 'side') else P.get('pcl', {})
-    settings = dict(arch=arch, data=P['objects'] if network == 'objects' else P['scenes'], method=method, options=options, seed=P.get('seed', 0), size=P['size'])
+    settings = dict(arch=arch, data=P['objects'] if network == 'objects' else P['scenes'], method=method, options=options,
+        seed=P.get('seed', 0), size=P['size'])
     scheme = changes.pop('scheme', P.get('scheme', 'simple'))
     if P['profile'] == 'public':
-        require(network in AS_PUBLISHED, f"profile public has the networks {', '.join(AS_PUBLISHED)}, no {network}; give figures 5 and 6, or another profile")
+        require(network in AS_PUBLISHED,
+            f"profile public has the networks {', '.join(AS_PUBLISHED)}, no {network}; give figures 5 and 6, or another profile")
         changes['weights'] = AS_PUBLISHED[network]
     r = recipe_for(P['profile'], scheme, **{**settings, **changes})
     if network == 'init': return replace(r, epochs=0)
-    return replace(r, epochs=P['epochs']*SCHEMES[scheme].epochs//SCHEMES['simple'].epochs) if P.get('epochs', -1) != -1 and 'epochs' not in changes else r
+    return (replace(r, epochs=P['epochs']*SCHEMES[scheme].epochs//SCHEMES['simple'].epochs) if P.get('epochs', -1) != -1
+        and 'epochs' not in changes else r)
 
 def accuracies(
     recipes:dict,      # key -> recipe; a tuple as key gives several columns
@@ -326,8 +348,10 @@ def accuracies(
     for key, r in recipes.items():
         f = trained(r, device, progress=False)
         top1, top5 = (f.metrics[f'val_{k}'].iloc[-1] for k in ('top1', 'top5'))
-        rows.append(dict(zip(columns, key), data=r.data.split('/')[-1], epochs=r.epochs, top1=top1, top5=top5, learned=r.epochs == 0 or top1 >= LEARNED/len(f.classes), train_seconds=round(f.seconds)))
-        if not rows[-1]['learned']: print(f"{' '.join(map(str, key))}: top-1 {top1:.3f} is less than {LEARNED} times chance; no verdict rests on it (more epochs: -p epochs N)")
+        rows.append(dict(zip(columns, key), data=r.data.split('/')[-1], epochs=r.epochs, top1=top1, top5=top5,
+            learned=r.epochs == 0 or top1 >= LEARNED/len(f.classes), train_seconds=round(f.seconds)))
+        if not rows[-1]['learned']:
+            print(f"{' '.join(map(str, key))}: top-1 {top1:.3f} is less than {LEARNED} times chance; no verdict rests on it (more epochs: -p epochs N)")
     return pd.DataFrame(rows)
 
 def settings_of(
@@ -337,4 +361,17 @@ def settings_of(
 ) -> dict:
     "What a result depends on: its parameters, and its data by their content."
     drop = ('workers', 'device', 'out', 'scenes', 'objects', *leave_out.split())
-    return {**{k: v for k, v in P.items() if k not in drop}, 'data': {n: fingerprint(P[n], P['size'], sizes.train, sizes.val) for n in ('scenes', 'objects') if n in P}}
+    return {**{k: v for k, v in P.items() if k not in drop},
+        'data': {n: fingerprint(P[n], P['size'], sizes.train, sizes.val) for n in ('scenes', 'objects') if n in P}}
+
+def provenance_of(
+    P:dict,        # settled parameters
+    settings:dict, # of `settings_of`
+    recipes:dict,  # name, or a tuple of parts of it -> recipe
+    leave_out=''   # names of parameters to keep silent about
+) -> dict:  # settings, parameters, runs: for `core.save_result`
+    "What it takes to get a result again."
+    drop = ('out', 'workers', *leave_out.split())
+    names = {k: k if isinstance(k, str) else ' '.join(map(str, k)).strip() for k in recipes}
+    return dict(settings=settings, parameters={k: v for k, v in P.items() if k not in drop},
+        runs={names[k]: r.key for k, r in recipes.items()})

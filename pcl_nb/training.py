@@ -18,7 +18,8 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, out_folder, pairs, require, revision, runs_dir, sealed, seeded,
+from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, out_folder, pairs, require,
+    revision, runs_dir, sealed, seeded,
     threads, to_json, unsealed, usable_device, versions, write_atomic)
 from .data import DATA, LARGEST, _check_room, base_size, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
@@ -86,11 +87,16 @@ class Recipe:
     def check(self):
         "Raise `InputError` naming the first setting that is not valid."
         self.weights == '' or choose(self.weights, (*PUBLIC, 'initial'), 'weights')
-        require(isinstance(self.options, dict) and all(isinstance(k, str) for k in self.options), f'options {brief(self.options)} are not valid; give a dict of settings of the method')
-        self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture'); self.published or check_data(self.data); get_method(self.method, **self.options)
-        for name in ('small_input', 'channels_last', 'compile', 'sync_bn'): require(isinstance(getattr(self, name), bool), f'{name} {brief(getattr(self, name))} is not valid; give true or false')
+        require(isinstance(self.options, dict) and all(isinstance(k, str) for k in self.options),
+            f'options {brief(self.options)} are not valid; give a dict of settings of the method')
+        self.arch == 'custom' or choose(self.arch, ARCHS, 'architecture')
+        self.published or check_data(self.data)
+        get_method(self.method, **self.options)
+        for name in ('small_input', 'channels_last', 'compile', 'sync_bn'):
+            require(isinstance(getattr(self, name), bool), f'{name} {brief(getattr(self, name))} is not valid; give true or false')
         choose(self.scheme, SCHEMES, 'scheme'); self.amp == '' or choose(self.amp, ('bf16', 'fp16'), 'amp')
-        for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0, accumulate=1).items():
+        for name, least in dict(size=16, epochs=0, batch=1, seed=0, data_seed=0, train=0, val=0, validate_every=0, threads=0,
+                accumulate=1).items():
             v = getattr(self, name)
             require(is_whole(v) and v >= least, f'{name} {brief(v)} is not valid; give a whole number of {least} or more')
         require(self.size <= LARGEST, f'size {brief(self.size)} is not valid; give at most {LARGEST} pixels')
@@ -99,7 +105,8 @@ class Recipe:
             require(is_real(v) and v >= 0, f'{name} {brief(v)} is not valid; give a finite number of 0 or more')
         require(0 < self.width <= 4, f'width {brief(self.width)} is not valid; give a factor above 0 and up to 4')
         require(self.momentum < 1, f'momentum {brief(self.momentum)} is not valid; give 0 or more, below 1')
-        require(self.published or not is_drawn(self.data) or (self.train and self.val), f'{self.data} has no end; give train and val of 1 or more, or images that are there, as folder:PATH')
+        require(self.published or not is_drawn(self.data) or (self.train and self.val),
+            f'{self.data} has no end; give train and val of 1 or more, or images that are there, as folder:PATH')
         if not self.published and is_drawn(self.data): _check_room(max(self.train, self.val), base_size(self.size))
         return self
 
@@ -125,7 +132,8 @@ def recipe_for(
     p, s = PROFILES[choose(profile, PROFILES, 'profile')], SCHEMES[choose(scheme, SCHEMES, 'scheme')]
     for name in changes: choose(name, [f.name for f in fields(Recipe)], 'setting of a recipe')
     small = p.small_input
-    settings = dict(size=p.size, width=p.width, small_input=p.small_input, train=p.train, val=p.val, batch=p.batch, lr=dict(p.lr_of).get(changes.get('arch', 'resnet18'), p.lr), scheme=scheme,
+    settings = dict(size=p.size, width=p.width, small_input=p.small_input, train=p.train, val=p.val, batch=p.batch,
+        lr=dict(p.lr_of).get(changes.get('arch', 'resnet18'), p.lr), scheme=scheme,
         epochs=p.epochs*s.epochs//SCHEMES['simple'].epochs, weight_decay=s.weight_decay, validate_every=0 if small else 1,
         threads=int(small), channels_last=True)
     if 'data' in changes and profile == 'embedded' and not is_drawn(changes['data']): settings.update(train=0, val=0)
@@ -142,7 +150,8 @@ def process_group(
         yield usable_device(device)
         return
     if cuda := torch.cuda.is_available() and str(device or 'cuda').startswith('cuda'):
-        require(here <= torch.cuda.device_count(), f'{here} processes need a GPU each, this machine has {torch.cuda.device_count()}; give --nproc-per-node of at most that, or --device cpu')
+        require(here <= torch.cuda.device_count(),
+            f'{here} processes need a GPU each, this machine has {torch.cuda.device_count()}; give --nproc-per-node of at most that, or --device cpu')
         device = f'cuda:{local}'
         torch.cuda.set_device(local)                     # before anything of this process lands on the first GPU
     device = usable_device(device)
@@ -232,9 +241,12 @@ def build_model(
     "The initialised, prepared network of a recipe."
     method = get_method(recipe.method, **recipe.options)
     with seeded('model', recipe.seed):
-        if model is None: model = create_model(recipe.arch, num_classes, weights=recipe.weights if recipe.weights in PUBLIC else None, width=recipe.width, small_input=recipe.small_input, side=method.side)
+        if model is None:
+            model = create_model(recipe.arch, num_classes, weights=recipe.weights if recipe.weights in PUBLIC else None, width=recipe.width,
+                small_input=recipe.small_input, side=method.side)
         require(model.num_classes == num_classes, f'the network has {model.num_classes} outputs, the data {num_classes} classes')
-        require(not method.side or model.side_head is not None, f'method {recipe.method} needs a side head: create or wrap the model with side=True')
+        require(not method.side or model.side_head is not None,
+            f'method {recipe.method} needs a side head: create or wrap the model with side=True')
         return method.prepare(model)
 
 def train_step(
@@ -278,8 +290,10 @@ def fit(
     train, val = (load(recipe.data, s, recipe.size, n, recipe.data_seed) for s, n in (('train', recipe.train), ('val', recipe.val)))
     stats, (rank, ranks) = public.stats if public else channel_stats(train), shard()
     steps, per_step = max(len(train)//recipe.batch, 1), min(recipe.batch, len(train))
-    require(per_step % (ranks*recipe.accumulate) == 0, f'{per_step} images a step do not divide into {ranks} processes x {recipe.accumulate} micro-batches; give numbers whose product divides {per_step}')
-    require(ranks == 1 or not recipe.sync_bn or device.type == 'cuda', f'sync_bn over several processes needs CUDA, this is {device.type}; train without it, or in one process')
+    require(per_step % (ranks*recipe.accumulate) == 0,
+        f'{per_step} images a step do not divide into {ranks} processes x {recipe.accumulate} micro-batches; give numbers whose product divides {per_step}')
+    require(ranks == 1 or not recipe.sync_bn or device.type == 'cuda',
+        f'sync_bn over several processes needs CUDA, this is {device.type}; train without it, or in one process')
     model = build_model(recipe, len(train.classes), model).to(device)
     if ranks > 1:
         for t in model.state_dict().values(): dist.broadcast(t, 0)
@@ -293,27 +307,33 @@ def fit(
     start, share = time.perf_counter(), max(cores()//(int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if ranks > 1 else 1), 1)
     evaluation = dict(scheme=recipe.scheme, size=recipe.size, stats=stats, channels_last=memory is torch.channels_last, shard=(rank, ranks))
     def rate(epoch, step): return learning_rate(recipe.scheme, recipe.lr, (epoch + step/steps)/recipe.epochs, recipe.gamma)
-    with threads(min(recipe.threads or share, share)), _reporter(progress if not rank else False, recipe, first*steps*per_step, recipe.epochs*steps*per_step) as report:
+    with threads(min(recipe.threads or share, share)), _reporter(progress if not rank else False, recipe, first*steps*per_step,
+            recipe.epochs*steps*per_step) as report:
         for epoch in range(first, recipe.epochs):
             model.train()
             sums, bad, right = 0, torch.tensor(-1, device=device), torch.zeros((), device=device)
             with seeded('epoch', recipe.seed, epoch), _compiled(model, recipe.compile):
-                for step, (x, y) in enumerate(batches(train, batch=recipe.batch, train=True, seed=recipe.seed, epoch=epoch, device=device, **evaluation)):
+                for step, (x, y) in enumerate(batches(train, batch=recipe.batch, train=True, seed=recipe.seed, epoch=epoch, device=device,
+                        **evaluation)):
                     for group in optimizer.param_groups: group['lr'] = rate(epoch, step)
                     logits, items = train_step(model, method, optimizer, x, y, stats, scaler, dtype, recipe.accumulate)
                     values = torch.stack([*items.values()])
                     sums, bad = sums + values, torch.where(values.isfinite() | (bad >= 0), bad, step)
                     right += (logits.argmax(1) == y).sum()
-                    if (step + 1) % LOOK_EVERY.get(device.type, 50) == 0 or step + 1 == steps: _stop_at(bad, items, recipe, epoch, steps, rate)
+                    if (step + 1) % LOOK_EVERY.get(device.type, 50) == 0 or step + 1 == steps:
+                        _stop_at(bad, items, recipe, epoch, steps, rate)
                     report(per_step)
             average(t for t in model.buffers() if t.is_floating_point())          # running statistics: as many images in each process
-            if not torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all(): _stop_at([steps - 1], ['weights'], recipe, epoch, steps, rate)
-            row = dict(epoch=epoch + 1, lr=rate(epoch, steps - 1), **{f'loss_{k}': v/steps for k, v in zip(items, sums.tolist())}, train_top1=total(right).item()/(steps*per_step))
+            if not torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all():
+                _stop_at([steps - 1], ['weights'], recipe, epoch, steps, rate)
+            row = dict(epoch=epoch + 1, lr=rate(epoch, steps - 1), **{f'loss_{k}': v/steps for k, v in zip(items, sums.tolist())},
+                train_top1=total(right).item()/(steps*per_step))
             if epoch + 1 == recipe.epochs or (recipe.validate_every and (epoch + 1) % recipe.validate_every == 0):
                 row.update({f'val_{k}': v for k, v in evaluate(model, val, **evaluation).items() if k != 'n'})
             metrics.append(row)
             if checkpoint: on_first(lambda: _save(checkpoint, recipe, model, optimizer, scaler, epoch + 1, metrics))
-        if not recipe.epochs: metrics = [dict(epoch=0, **{f'val_{k}': v for k, v in evaluate(model, val, **evaluation).items() if k != 'n'})]
+        if not recipe.epochs:
+            metrics = [dict(epoch=0, **{f'val_{k}': v for k, v in evaluate(model, val, **evaluation).items() if k != 'n'})]
     return Fitted(model.eval(), recipe, stats, tuple(train.classes), pd.DataFrame(metrics), time.perf_counter() - start)
 
 # %% ../nbs/06_training.ipynb #d0c0e872
@@ -322,7 +342,8 @@ LOOK_EVERY = dict(cpu=1)     # steps between two looks at the losses; elsewhere 
 def _stop_at(bad, names, recipe, epoch, steps, rate):
     "Raise `FloatingPointError` if an item was not finite, at the first step at which one was not (-1: never)."
     step, name = min(((s, n) for s, n in zip(bad if isinstance(bad, list) else bad.tolist(), names) if s >= 0), default=(None, None))
-    if name: raise FloatingPointError(f"{'weights are' if name == 'weights' else f'loss_{name} is'} not finite in epoch {epoch + 1}, step {step + 1} of {steps} (learning rate {rate(epoch, step):.3g}, batch {recipe.batch}); the checkpoint before it is kept. Try a lower learning rate")
+    if name:
+        raise FloatingPointError(f"{'weights are' if name == 'weights' else f'loss_{name} is'} not finite in epoch {epoch + 1}, step {step + 1} of {steps} (learning rate {rate(epoch, step):.3g}, batch {recipe.batch}); the checkpoint before it is kept. Try a lower learning rate")
 
 @contextlib.contextmanager
 def _compiled(model, wanted):
@@ -340,7 +361,8 @@ def _compiled(model, wanted):
     try:
         for m in found: m.forward = torch.compile(m.forward, dynamic=False)
         yield
-    except TorchDynamoException as e: raise InputError(f"the network cannot be compiled here ({' '.join(str(e).split()[:30])}); train without compile") from None
+    except TorchDynamoException as e:
+        raise InputError(f"the network cannot be compiled here ({' '.join(str(e).split()[:30])}); train without compile") from None
     finally:
         for m in found: m.__dict__.pop('forward', None)
 
@@ -348,7 +370,8 @@ def _as_published(recipe, public, model, device):
     "A network as others trained it; how well it does on images of theirs is for them to say."
     start = time.perf_counter()
     model = build_model(recipe, public.classes, model).to(device).eval()
-    return Fitted(model, recipe, public.stats, tuple(map(str, range(public.classes))), pd.DataFrame([dict(epoch=0, val_top1=math.nan, val_top5=math.nan)]), time.perf_counter() - start)
+    return Fitted(model, recipe, public.stats, tuple(map(str, range(public.classes))),
+        pd.DataFrame([dict(epoch=0, val_top1=math.nan, val_top5=math.nan)]), time.perf_counter() - start)
 
 def _autocast(terms, device, dtype):
     "Each forward pass under autocast, what the loop does with it outside."
@@ -366,13 +389,15 @@ def _reporter(progress, recipe, done, total):
         progress(done, total)
         yield tell
     else:
-        with Progress(desc=f'{recipe.arch} {recipe.method} {recipe.data.split("/")[-1]}', total=total, initial=done, unit=' images', disable=not progress or not total, mininterval=1) as bar:
+        with Progress(desc=f'{recipe.arch} {recipe.method} {recipe.data.split("/")[-1]}', total=total, initial=done, unit=' images',
+                disable=not progress or not total, mininterval=1) as bar:
             yield bar.update
 
 def _save(path, recipe, model, optimizer, scaler, epoch, metrics):
     "Write a checkpoint, whole or not at all."
     buffer = io.BytesIO()
-    torch.save(dict(key=recipe.key, epoch=epoch, metrics=metrics, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), buffer)
+    torch.save(dict(key=recipe.key, epoch=epoch, metrics=metrics, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict()), buffer)
     write_atomic(path, sealed(buffer.getvalue()))
 
 def _line(e): return (str(e) or type(e).__name__).splitlines()[0]
@@ -382,7 +407,8 @@ def _read(path, recipe):
     if not Path(path).exists(): return None
     try:
         state = torch.load(io.BytesIO(unsealed(Path(path).read_bytes())), map_location='cpu', weights_only=True)
-        if not isinstance(state, dict) or {'key', 'epoch', 'metrics', 'model', 'optimizer', 'scaler'} - set(state): raise ValueError('it is no checkpoint')
+        if not isinstance(state, dict) or {'key', 'epoch', 'metrics', 'model', 'optimizer', 'scaler'} - set(state):
+            raise ValueError('it is no checkpoint')
     except Exception as e:                                                 # truncated, foreign, or with code in it
         aside = set_aside(path)
         warnings.warn(f'checkpoint {path} cannot be read ({_line(e)}); set aside as {aside.name}, training starts anew')
@@ -465,7 +491,8 @@ def _store(fitted, folder):
     table = fitted.metrics.to_csv(index=False, float_format='%.6g').encode()
     write_atomic(folder/'metrics.csv', table)
     about = dict(recipe=fitted.recipe, stats=fitted.stats, classes=fitted.classes, seconds=round(fitted.seconds, 2), processes=shard()[1],
-        sha256=hashlib.sha256(buffer.getvalue()).hexdigest(), metrics_sha256=hashlib.sha256(table).hexdigest(), device=str(next(fitted.model.parameters()).device), versions=versions(), revision=revision())
+        sha256=hashlib.sha256(buffer.getvalue()).hexdigest(), metrics_sha256=hashlib.sha256(table).hexdigest(),
+        device=str(next(fitted.model.parameters()).device), versions=versions(), revision=revision())
     about = json.loads(to_json(about))
     write_atomic(folder/'run.json', to_json(dict(about, seal=digest(about, 64)), indent=1).encode())
     (folder/'checkpoint.pt').unlink(missing_ok=True)
@@ -496,15 +523,22 @@ def _parser():
     p.add_argument('--device', help='cpu, cuda, mps ... (default: the fastest there is)')
     p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='a setting of the method; may be repeated')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
-    notes = dict(arch='architecture', data=', '.join(DATA), method='method', scheme='simple or complex', seed='initialisation, order, crops',
-        size='input size, pixels', width='channels relative to the published architecture', small_input='stem for small images: true or false', train='training images; 0: all',
-        val='validation images; 0: all', data_seed='which concept images', epochs='epochs; 0: the initialised network', batch='images a step', lr='initial learning rate', momentum='momentum',
-        weight_decay='weight decay', gamma='factor of the step schedule', validate_every='epochs between validations; 0: the last only', amp='bf16 or fp16',
+    notes = dict(arch='architecture', data=', '.join(DATA), method='method', scheme='simple or complex',
+        seed='initialisation, order, crops',
+        size='input size, pixels', width='channels relative to the published architecture',
+        small_input='stem for small images: true or false', train='training images; 0: all',
+        val='validation images; 0: all', data_seed='which concept images', epochs='epochs; 0: the initialised network',
+        batch='images a step', lr='initial learning rate', momentum='momentum',
+        weight_decay='weight decay', gamma='factor of the step schedule', validate_every='epochs between validations; 0: the last only',
+        amp='bf16 or fp16',
         channels_last='memory format: true or false', threads='CPU threads; 0: all cores',
-        accumulate='micro-batches that the images of a step are taken in, for less memory (default: 1)', compile='torch.compile the network: true or false',
-        sync_bn='several processes on CUDA: batch norms see the whole batch, true or false', weights='start from public weights: imagenet or places365')
+        accumulate='micro-batches that the images of a step are taken in, for less memory (default: 1)',
+        compile='torch.compile the network: true or false',
+        sync_bn='several processes on CUDA: batch norms see the whole batch, true or false',
+        weights='start from public weights: imagenet or places365')
     for f in fields(Recipe):
-        if f.name != 'options': p.add_argument('--' + f.name.replace('_', '-'), type=_boolean if f.type is bool else f.type, help=notes[f.name])
+        if f.name != 'options':
+            p.add_argument('--' + f.name.replace('_', '-'), type=_boolean if f.type is bool else f.type, help=notes[f.name])
     return p
 
 def _boolean(value):
@@ -526,7 +560,9 @@ def main(
         recipe = recipe_for(profile, **given, options=options)
         with process_group(device) as device: fitted = run(recipe, out, device=device, progress=not quiet)
     except InputError as e: parser.error(str(e))
-    except OSError as e: rank or print(f'error: {e.filename or recipe.key}: {e.strerror or e}; what was stored before is kept', file=sys.stderr); return 1
+    except OSError as e:
+        rank or print(f'error: {e.filename or recipe.key}: {e.strerror or e}; what was stored before is kept', file=sys.stderr)
+        return 1
     except FloatingPointError as e: rank or print(f'error: {e}', file=sys.stderr); return 1
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and 'gloo' not in str(e): raise

@@ -35,7 +35,8 @@ def refused(call, *names):
 # Parameters of the experiments
 
 BAD = dict(
-    str=['', 'no such thing', SNOW, LONG, 'a\0b', 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=', 'settings.ini/x', 5, 10**12, 10**5000, -1.5, nan, True, None, ['a'], {}],
+    str=['', 'no such thing', SNOW, LONG, 'a\0b', 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=',
+        'settings.ini/x', 5, 10**12, 10**5000, -1.5, nan, True, None, ['a'], {}],
     int=[-2, 0, 10**12, 2**31, 10**5000, 1.5, nan, inf, 'x', '', '5', SNOW, True, None, [1]],
     float=[nan, inf, -inf, -1, -1e9, 10**400, 'x', '', '.5', True, None, [.5]],
     bool=['yes', '', 0, 1, None, nan, 'True'])
@@ -43,7 +44,8 @@ BAD = dict(
 FOLDER = ['', 'no such thing', SNOW, 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=']
 VALID = dict(       # what looks bad and is documented
     str=dict(out=FOLDER, device=[''], pcl=[''], photos=[''], images=[''], figures=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
-    int=dict(seed=[0, 2**31], workers=[0, 2**31], image=[0, 2**31], images=[2**31], epochs=[2**31], most=[2**31], evidence_images=[2**31], **{'your_own.batch': [2**31]}),   # more than there are: all
+    int=dict(seed=[0, 2**31], workers=[0, 2**31], image=[0, 2**31], images=[2**31], epochs=[2**31], most=[2**31], evidence_images=[2**31],
+        **{'your_own.batch': [2**31]}),   # more than there are: all
     float={}, bool={})
 
 
@@ -78,19 +80,32 @@ def test_every_experiment_is_in_the_table():
 
 # Command lines
 
-TRAINING = [['--seed', '-1'], ['--seed', '1.5'], ['--size', '0'], ['--size', '100000'], ['--width', '0'], ['--width', '5'], ['--width', 'nan'], ['--train', '-1'], ['--train', '0'],
-    ['--train', str(10**12)], ['--val', 'none'], ['--val', '-1'], ['--data-seed', '-1'], ['--epochs', '-1'], ['--epochs', '1e3'], ['--momentum', '1'], ['--momentum', 'nan'], ['--weight-decay', '-1'],
-    ['--gamma', 'inf'], ['--validate-every', '-1'], ['--threads', '-1'], ['--channels-last', 'maybe'], ['--sync-bn', '1'], ['--weights', 'nowhere'], ['--weights', 'places365', '--arch', 'resnet34'],
-    ['--out', 'settings.ini'], ['--out', 'settings.ini/x'], ['--out', LONG], ['--out', '~no_such_user/x'], ['--data', 'places365:nowhere'], ['--data', f'folder:{LONG}'], ['--data', 'folder:~no_such_user'], ['--data', ''],
-    ['--set', '=1'], ['--method', 'pcl', '--set', 'tau=' + '['*100_000], ['--method', 'pcl', '--set', 'tau=' + '1'*5000], ['--method', 'pcl', '--set', 'omega=' + '1'*400], ['--method', 'has', '--set', 'patches=' + '1'*5000],
-    ['--nope', '1'], ['--arch', ''], ['--method', SNOW], ['--device', 'meta'], ['--accumulate', '1.5'], ['--lr', 'x'], ['--amp', 'fp16 '], ['--profile', ''], ['--scheme', '']]
-REPRODUCE = [['--epochs', '0'], ['--epochs', '1.5'], ['--seed', '-1'], ['--seed', 'x'], ['--seeds', '101'], ['--workers', '-1'], ['--workers', '-1', '--only', 'claims'], ['--workers', 'x'], ['--device', 'tpu9'],
-    ['--device', 'meta'], ['--out', 'settings.ini'], ['--out', LONG], ['--objects', 'imagenot'], ['--objects', 'packed:nowhere'], ['--scenes', SNOW], ['--scenes', f'folder:{LONG}'], ['--tflops', 'nan'], ['--tflops', 'inf'],
-    ['--tflops', '-1'], ['--tflops', 'x'], ['--only', f'fig6,{LONG}'], ['--archs', SNOW], ['--engine', 'dask:'], ['--engine', f'dask:{LONG}.json'], ['--reduced', '1'], ['--only', 'evidence', '--scenes', 'packed:nowhere'], ['--profile', '']]
-DATA = [[], ['unpack'], ['pack'], ['pack', 'nowhere'], ['pack', SNOW], ['pack', 'packed:nowhere'], ['pack', 'folder:nowhere'], ['pack', f'folder:{LONG}'], ['pack', 'FOLDER', '--edge', '0'], ['pack', 'FOLDER', '--edge', 'x'],
-    ['pack', 'FOLDER', 'settings.ini'], ['pack', 'FOLDER', LONG], ['pack', 'FOLDER', '~no_such_user/x'], ['check'], ['check', 'nowhere'], ['check', 'packed:nowhere'], ['check', 'places365:nowhere'], ['check', 'imagenet:nowhere'],
-    ['check', 'concept_scenes'], ['check', 'concept_scenes', '--skip'], ['check', 'imagenet:nowhere', '--skip'], ['check', 'folder:~no_such_user'], ['check', 'folder:settings.ini', '--read']]
-LINES = [(training.main, ['--profile', 'smoke', '--quiet', *a]) for a in TRAINING] + [(reproduce.main, ['--profile', 'smoke', '--quiet', *a]) for a in REPRODUCE] + [(data.main, a) for a in DATA]
+TRAINING = [['--seed', '-1'], ['--seed', '1.5'], ['--size', '0'], ['--size', '100000'], ['--width', '0'], ['--width', '5'],
+    ['--width', 'nan'], ['--train', '-1'], ['--train', '0'],
+    ['--train', str(10**12)], ['--val', 'none'], ['--val', '-1'], ['--data-seed', '-1'], ['--epochs', '-1'], ['--epochs', '1e3'],
+    ['--momentum', '1'], ['--momentum', 'nan'], ['--weight-decay', '-1'],
+    ['--gamma', 'inf'], ['--validate-every', '-1'], ['--threads', '-1'], ['--channels-last', 'maybe'], ['--sync-bn', '1'],
+    ['--weights', 'nowhere'], ['--weights', 'places365', '--arch', 'resnet34'],
+    ['--out', 'settings.ini'], ['--out', 'settings.ini/x'], ['--out', LONG], ['--out', '~no_such_user/x'], ['--data', 'places365:nowhere'],
+    ['--data', f'folder:{LONG}'], ['--data', 'folder:~no_such_user'], ['--data', ''],
+    ['--set', '=1'], ['--method', 'pcl', '--set', 'tau=' + '['*100_000], ['--method', 'pcl', '--set', 'tau=' + '1'*5000],
+    ['--method', 'pcl', '--set', 'omega=' + '1'*400], ['--method', 'has', '--set', 'patches=' + '1'*5000],
+    ['--nope', '1'], ['--arch', ''], ['--method', SNOW], ['--device', 'meta'], ['--accumulate', '1.5'], ['--lr', 'x'], ['--amp', 'fp16 '],
+    ['--profile', ''], ['--scheme', '']]
+REPRODUCE = [['--epochs', '0'], ['--epochs', '1.5'], ['--seed', '-1'], ['--seed', 'x'], ['--seeds', '101'], ['--workers', '-1'],
+    ['--workers', '-1', '--only', 'claims'], ['--workers', 'x'], ['--device', 'tpu9'],
+    ['--device', 'meta'], ['--out', 'settings.ini'], ['--out', LONG], ['--objects', 'imagenot'], ['--objects', 'packed:nowhere'],
+    ['--scenes', SNOW], ['--scenes', f'folder:{LONG}'], ['--tflops', 'nan'], ['--tflops', 'inf'],
+    ['--tflops', '-1'], ['--tflops', 'x'], ['--only', f'fig6,{LONG}'], ['--archs', SNOW], ['--engine', 'dask:'],
+    ['--engine', f'dask:{LONG}.json'], ['--reduced', '1'], ['--only', 'evidence', '--scenes', 'packed:nowhere'], ['--profile', '']]
+DATA = [[], ['unpack'], ['pack'], ['pack', 'nowhere'], ['pack', SNOW], ['pack', 'packed:nowhere'], ['pack', 'folder:nowhere'],
+    ['pack', f'folder:{LONG}'], ['pack', 'FOLDER', '--edge', '0'], ['pack', 'FOLDER', '--edge', 'x'],
+    ['pack', 'FOLDER', 'settings.ini'], ['pack', 'FOLDER', LONG], ['pack', 'FOLDER', '~no_such_user/x'], ['check'], ['check', 'nowhere'],
+    ['check', 'packed:nowhere'], ['check', 'places365:nowhere'], ['check', 'imagenet:nowhere'],
+    ['check', 'concept_scenes'], ['check', 'concept_scenes', '--skip'], ['check', 'imagenet:nowhere', '--skip'],
+    ['check', 'folder:~no_such_user'], ['check', 'folder:settings.ini', '--read']]
+LINES = ([(training.main, ['--profile', 'smoke', '--quiet', *a])
+    for a in TRAINING] + [(reproduce.main, ['--profile', 'smoke', '--quiet', *a]) for a in REPRODUCE] + [(data.main, a) for a in DATA])
 
 
 @pytest.fixture(scope='module')
@@ -128,7 +143,8 @@ S, STATS = data.draw_concepts('scenes', 'val', 4, 32), ((.5, .5, .5), (.2, .2, .
 WORDS = 'x', '', SNOW, None, 5, nan                                           # for a name
 TAUS = nan, inf, -1, 2, 10**400, 'x', '', None, True, torch.tensor(.5)         # for a number from 0 to 1
 COUNTS = 0, -1, 1.5, nan, 'x', None, True                                     # for a number of things
-BATCHES = (X[0], torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32), torch.rand(2, 3, 0, 0), X.long(), X.bool(), X.to(torch.complex64), X.numpy(), None, 5, 'x')       # for a batch
+BATCHES = (X[0], torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32), torch.rand(2, 3, 0, 0), X.long(), X.bool(), X.to(torch.complex64),
+    X.numpy(), None, 5, 'x')       # for a batch
 SIZES = (0, 0), (8,), (1.5, 2), 5, 'x', None                                  # for height and width
 MODELS = None, 'resnet18', nn.Conv2d(3, 3, 3)
 
@@ -149,64 +165,121 @@ def first(batches): return next(iter(batches))
 
 
 CALLS = {
-    'focus_area.focus_area': each(lambda v: focus_area.focus_area(M, v), X[:0], X*nan, X*inf, [], [X[0], X[0, 0]], [X], *BATCHES) + each(lambda v: focus_area.focus_area(v, X), *MODELS)
-        + options(lambda **k: focus_area.focus_area(M, X, **k), tau=TAUS, rule=[*WORDS, ['threshold']], stage=WORDS, target=[[0], [0, 9], [0, -1], [.5, 1.], 'ab', 5, nan, [[0, 1]], [True, False], [None, 0]])
+    'focus_area.focus_area': each(lambda v: focus_area.focus_area(M, v), X[:0], X*nan, X*inf, [], [X[0], X[0, 0]], [X],
+        *BATCHES) + each(lambda v: focus_area.focus_area(v, X), *MODELS)
+        + options(lambda **k: focus_area.focus_area(M, X, **k), tau=TAUS, rule=[*WORDS, ['threshold']], stage=WORDS,
+            target=[[0], [0, 9], [0, -1], [.5, 1.], 'ab', 5, nan, [[0, 1]], [True, False], [None, 0]])
         + each(lambda v: focus_area.focus_area(M, X, rule='sufficient', steps=v), *COUNTS),
-    'focus_area.coverage_table': each(lambda v: focus_area.coverage_table(M, v), [], [(X[:0], Y[:0])], None, 5, [X], [(X[0], Y)], X) + options(lambda **k: focus_area.coverage_table(M, [(X, Y)], **k), tau=TAUS, target=WORDS,
-        area=[torch.zeros(1, 32, 32, dtype=bool), torch.zeros(2, 16, 16, dtype=bool)]) + [lambda: focus_area.coverage_table(M, [(X, Y + 9)], target='truth')],
-    'focus_area.energy_mask': each(lambda v: focus_area.energy_mask(MAPS, (8, 8), v), *TAUS) + each(lambda v: focus_area.energy_mask(v, (8, 8)), MAPS[0], MAPS*nan, None) + each(lambda v: focus_area.energy_mask(MAPS, v), *SIZES),
-    'focus_area.region': each(lambda v: focus_area.region(M, X, v, Y), MAPS[:1], MAPS[0], None) + options(lambda **k: focus_area.region(M, X, MAPS, Y, **k), tau=TAUS, rule=WORDS),
-    'focus_area.distribution': each(focus_area.distribution, [], [nan], [2.], [-1.], 'x', None, [[.5]]) + each(lambda v: focus_area.distribution([.5], v), *COUNTS),
-    'focus_area.bootstrap_means': each(focus_area.bootstrap_means, [], [nan], 'x', None, 5) + each(lambda v: focus_area.bootstrap_means([.5], v), *COUNTS),
+    'focus_area.coverage_table': each(lambda v: focus_area.coverage_table(M, v), [], [(X[:0], Y[:0])], None, 5, [X], [(X[0], Y)],
+        X) + options(lambda **k: focus_area.coverage_table(M, [(X, Y)], **k), tau=TAUS, target=WORDS,
+        area=[torch.zeros(1, 32, 32, dtype=bool),
+            torch.zeros(2, 16, 16, dtype=bool)]) + [lambda: focus_area.coverage_table(M, [(X, Y + 9)], target='truth')],
+    'focus_area.energy_mask': each(lambda v: focus_area.energy_mask(MAPS, (8, 8), v),
+        *TAUS) + each(lambda v: focus_area.energy_mask(v, (8, 8)), MAPS[0], MAPS*nan,
+        None) + each(lambda v: focus_area.energy_mask(MAPS, v), *SIZES),
+    'focus_area.region': each(lambda v: focus_area.region(M, X, v, Y), MAPS[:1], MAPS[0],
+        None) + options(lambda **k: focus_area.region(M, X, MAPS, Y, **k), tau=TAUS, rule=WORDS),
+    'focus_area.distribution': each(focus_area.distribution, [], [nan], [2.], [-1.], 'x', None,
+        [[.5]]) + each(lambda v: focus_area.distribution([.5], v), *COUNTS),
+    'focus_area.bootstrap_means': each(focus_area.bootstrap_means, [], [nan], 'x', None,
+        5) + each(lambda v: focus_area.bootstrap_means([.5], v), *COUNTS),
     'focus_area.summary': each(focus_area.summary, [], [nan], 'x', None, 5) + each(lambda v: focus_area.summary([.5], v), *COUNTS),
-    'erf.impact_map': each(lambda v: erf.impact_map(M, v), X[:0], X*nan, X*inf, [], [X[0]], [(), ()], [X, torch.rand(1, 3, 16, 16)], *BATCHES) + each(lambda v: erf.impact_map(v, X), *MODELS)
+    'erf.impact_map': each(lambda v: erf.impact_map(M, v), X[:0], X*nan, X*inf, [], [X[0]], [(), ()], [X, torch.rand(1, 3, 16, 16)],
+        *BATCHES) + each(lambda v: erf.impact_map(v, X), *MODELS)
         + options(lambda **k: erf.impact_map(M, X, **k), stage=WORDS, center=WORDS, relu=WORDS, batch_size=[*COUNTS, 10**30]),
     'erf.impact_replicates': options(lambda **k: erf.impact_replicates(M, X, **k), replicates=[*COUNTS[1:], 10**12]),
-    'erf.impact_histogram': each(erf.impact_histogram, IMPACT*nan, IMPACT + inf, IMPACT[0], IMPACT[:0], IMPACT[0, 0], IMPACT.numpy(), IMPACT.to(torch.complex64), None, 5, 'x') + each(lambda v: erf.impact_histogram(IMPACT, v), *COUNTS, 10**12),
-    'erf.erf_size': each(lambda v: erf.erf_size(torch.ones(100, dtype=torch.long), v), 100, *COUNTS[1:]) + each(erf.erf_size, None, [1, 2], torch.tensor(5), torch.ones(0)),
-    'erf.interval': each(erf.interval, torch.ones(0), torch.tensor([nan]), None) + each(lambda v: erf.interval(torch.rand(9), v), 0, 1, *TAUS),
-    'erf.coupled_impacts': each(lambda v: erf.coupled_impacts(M, v), X[:1], X[:0], *BATCHES) + each(lambda v: erf.coupled_impacts(M, X, stage=v), *WORDS),
+    'erf.impact_histogram': each(erf.impact_histogram, IMPACT*nan, IMPACT + inf, IMPACT[0], IMPACT[:0], IMPACT[0, 0], IMPACT.numpy(),
+        IMPACT.to(torch.complex64), None, 5, 'x') + each(lambda v: erf.impact_histogram(IMPACT, v), *COUNTS, 10**12),
+    'erf.erf_size': each(lambda v: erf.erf_size(torch.ones(100, dtype=torch.long), v), 100, *COUNTS[1:]) + each(erf.erf_size, None, [1, 2],
+        torch.tensor(5), torch.ones(0)),
+    'erf.interval': each(erf.interval, torch.ones(0), torch.tensor([nan]), None) + each(lambda v: erf.interval(torch.rand(9), v), 0, 1,
+        *TAUS),
+    'erf.coupled_impacts': each(lambda v: erf.coupled_impacts(M, v), X[:1], X[:0],
+        *BATCHES) + each(lambda v: erf.coupled_impacts(M, X, stage=v), *WORDS),
     'erf.calibrate': each(lambda v: erf.calibrate(models.create_model('resnet18', 5, width=.25), v), [], X[:0], X[0], None),
-    'erf.activity_table': each(lambda v: erf.activity_table(M, v), [], None, [(X[0], Y)], X) + options(lambda **k: erf.activity_table(M, [(X, Y)], **k), part=[0, *TAUS], stage=WORDS),
+    'erf.activity_table': each(lambda v: erf.activity_table(M, v), [], None, [(X[0], Y)],
+        X) + options(lambda **k: erf.activity_table(M, [(X, Y)], **k), part=[0, *TAUS], stage=WORDS),
     'erf.center_value': each(lambda v: erf.center_value(FEATURES, v), *WORDS) + each(erf.center_value, FEATURES[0, 0], FEATURES[..., :0]),
-    'cam.class_activation_map': each(lambda v: cam.class_activation_map(FEATURES, W, v), Y[:1], Y + 9, Y - 1, Y*1., Y.bool(), [0, 1], None) + [lambda: cam.class_activation_map(FEATURES[0], W, Y), lambda: cam.class_activation_map(FEATURES, W[:, :3], Y)],
+    'cam.class_activation_map': each(lambda v: cam.class_activation_map(FEATURES, W, v), Y[:1], Y + 9, Y - 1, Y*1., Y.bool(), [0, 1],
+        None) + [lambda: cam.class_activation_map(FEATURES[0], W, Y), lambda: cam.class_activation_map(FEATURES, W[:, :3], Y)],
     'cam.normalize_map': each(cam.normalize_map, MAPS[0, 0], MAPS[:, :0], None),
-    'cam.erasing_mask': options(lambda **k: cam.erasing_mask(MAPS, (8, 8), **k), tau=TAUS, mask=WORDS, omega=[nan, inf, -1, 'x', None]) + each(lambda v: cam.erasing_mask(v, (8, 8)), MAPS[0], MAPS[:, :0], None) + each(lambda v: cam.erasing_mask(MAPS, v), *SIZES),
-    'cam.erase': each(lambda v: cam.erase(X, MASK, v), 'black', *WORDS) + each(lambda v: cam.erase(X, v), MASK[..., :16], torch.ones(3, 1, 32, 32), MASK[0], None) + each(lambda v: cam.erase(X, MASK, 'black', v), 5, 'x', (1, 2), ((1,), (1,)), ((0,)*3, (0,)*3)),
-    'cam.cam_erase': each(lambda v: cam.cam_erase(M, X, M.stage_features(X, 'stage4'), Y, v), *WORDS, 'stage3') + [lambda: cam.cam_erase(M, X, M.stage_features(X, 'stage4'), Y + 9)],
-    'losses': [lambda f=f, a=a: f(*a) for f in (losses.instance_consistency, losses.category_consistency) for a in [(Z, v) for v in (Z[:1], Z[:, :2], Z[0], None)] + [(Z[:0], Z[:0])] + [(Z, Z, v) for v in WORDS]] + [lambda: losses.instance_consistency(Z, Z, 'correlation')],
-    'models.create_model': each(lambda v: models.create_model(v, 5), *WORDS) + each(lambda v: models.create_model('resnet18', v), *COUNTS, 10**12)
-        + options(lambda **k: models.create_model('resnet18', 5, **k), width=[0, -1, 5, nan, inf, 10**400, 'x', None, True], weights=['x', '', 5, nan, SNOW, LONG, 'a\0b', '/', ['imagenet']], small_input=['x', None, 5], side=['x', None, 1]),
-    'models.wrap': each(models.wrap, NoHead(), nn.Sequential(), *MODELS) + each(lambda v: models.wrap(M.net, v), {}, None, {'stage3': 'x'}, {'stage4': ''}, {'stage4': 5}, {'stage4': 'fc'}, ['layer4'], 'x')
+    'cam.erasing_mask': options(lambda **k: cam.erasing_mask(MAPS, (8, 8), **k), tau=TAUS, mask=WORDS,
+        omega=[nan, inf, -1, 'x', None]) + each(lambda v: cam.erasing_mask(v, (8, 8)), MAPS[0], MAPS[:, :0],
+        None) + each(lambda v: cam.erasing_mask(MAPS, v), *SIZES),
+    'cam.erase': each(lambda v: cam.erase(X, MASK, v), 'black', *WORDS) + each(lambda v: cam.erase(X, v), MASK[..., :16],
+        torch.ones(3, 1, 32, 32), MASK[0], None) + each(lambda v: cam.erase(X, MASK, 'black', v), 5, 'x', (1, 2), ((1,), (1,)),
+        ((0,)*3, (0,)*3)),
+    'cam.cam_erase': each(lambda v: cam.cam_erase(M, X, M.stage_features(X, 'stage4'), Y, v), *WORDS,
+        'stage3') + [lambda: cam.cam_erase(M, X, M.stage_features(X, 'stage4'), Y + 9)],
+    'losses': [lambda f=f, a=a: f(*a) for f in (losses.instance_consistency, losses.category_consistency)
+        for a in [(Z, v) for v in (Z[:1], Z[:, :2], Z[0], None)] + [(Z[:0], Z[:0])] + [(Z, Z, v) for v in WORDS]] + [
+        lambda: losses.instance_consistency(Z, Z, 'correlation')],
+    'models.create_model': each(lambda v: models.create_model(v, 5), *WORDS) + each(lambda v: models.create_model('resnet18', v), *COUNTS,
+        10**12)
+        + options(lambda **k: models.create_model('resnet18', 5, **k), width=[0, -1, 5, nan, inf, 10**400, 'x', None, True],
+            weights=['x', '', 5, nan, SNOW, LONG, 'a\0b', '/', ['imagenet']], small_input=['x', None, 5], side=['x', None, 1]),
+    'models.wrap': each(models.wrap, NoHead(), nn.Sequential(), *MODELS) + each(lambda v: models.wrap(M.net, v), {}, None, {'stage3': 'x'},
+        {'stage4': ''}, {'stage4': 5}, {'stage4': 'fc'}, ['layer4'], 'x')
         + each(lambda v: models.wrap(M.net, head=v), 'layer4', *WORDS) + [lambda: models.wrap(M.net, {'stage4': 'layer4'}, side=True)],
-    'StagedClassifier': each(lambda v: M.stage_features(X, v), *WORDS) + each(lambda v: M.stage_features(X, 'stage4', v), *WORDS) + each(lambda v: M(X, stages=(v,)), *WORDS) + each(M.stage_head, *WORDS),
-    'models.weights_file': [lambda: models.weights_file('x', 'resnet18'), lambda: models.weights_file('places365', 'resnet34'), lambda: models.weights_file('places365', None)],
-    'data.draw_concepts': [lambda a=a: data.draw_concepts(*a) for a in [(v, 'train', 5, 32) for v in WORDS] + [('scenes', v, 5, 32) for v in WORDS] + [('scenes', 'train', v, 32) for v in (*COUNTS, 10**12)] + [('scenes', 'train', 5, v) for v in (*COUNTS, 10**6)]
+    'StagedClassifier': each(lambda v: M.stage_features(X, v), *WORDS) + each(lambda v: M.stage_features(X, 'stage4', v),
+        *WORDS) + each(lambda v: M(X, stages=(v,)), *WORDS) + each(M.stage_head, *WORDS),
+    'models.weights_file': [lambda: models.weights_file('x', 'resnet18'), lambda: models.weights_file('places365', 'resnet34'),
+        lambda: models.weights_file('places365', None)],
+    'data.draw_concepts': [lambda a=a: data.draw_concepts(*a)
+        for a in [(v, 'train', 5, 32) for v in WORDS] + [('scenes', v, 5, 32) for v in WORDS] + [('scenes', 'train', v, 32)
+            for v in (*COUNTS, 10**12)] + [('scenes', 'train', 5, v) for v in (*COUNTS, 10**6)]
         + [('scenes', 'train', 5, 32, v) for v in COUNTS[1:]]],
-    'data.sprite': [lambda a=a: data.sprite(*a) for a in [('x', 20), *(('sofa', v) for v in COUNTS), ('sofa', 20, 2), ('sofa', 20, 0, 9), ('sofa', 20, 0, 0, -1), ('sofa', 20, 0, 0, 0, 99)]],
-    'data.load': each(lambda v: data.load(v, 'val', 32, 4), *WORDS, 'folder:', 'folder:x', 'folder:/dev/null', 'folder:a\0b', f'folder:{LONG}', 'packed:x', 'packed:~no_such_user', 'places365:x', 'places365:~no_such_user', 'places365-small:x@y', 'imagenet:x', [])
-        + each(lambda v: data.load('concept_scenes', v, 32, 4), *WORDS) + each(lambda v: data.load('concept_scenes', 'val', v, 4), *COUNTS, 8, 10**6) + each(lambda v: data.load('concept_scenes', 'val', 32, v), *COUNTS, 10**12)
+    'data.sprite': [lambda a=a: data.sprite(*a) for a in [('x', 20), *(('sofa', v) for v in COUNTS), ('sofa', 20, 2), ('sofa', 20, 0, 9),
+        ('sofa', 20, 0, 0, -1), ('sofa', 20, 0, 0, 0, 99)]],
+    'data.load': each(lambda v: data.load(v, 'val', 32, 4), *WORDS, 'folder:', 'folder:x', 'folder:/dev/null', 'folder:a\0b',
+        f'folder:{LONG}', 'packed:x', 'packed:~no_such_user', 'places365:x', 'places365:~no_such_user', 'places365-small:x@y',
+        'imagenet:x', [])
+        + each(lambda v: data.load('concept_scenes', v, 32, 4), *WORDS) + each(lambda v: data.load('concept_scenes', 'val', v, 4), *COUNTS,
+            8, 10**6) + each(lambda v: data.load('concept_scenes', 'val', 32, v), *COUNTS, 10**12)
         + each(lambda v: data.load('concept_scenes', 'val', 32, 4, v), *COUNTS[1:]),
-    'data names': [lambda f=f, v=v: f(v) for f in (data.count, data.check_data, data.parse_name, data.is_drawn, lambda v: data.fingerprint(v, 32), data.pack) for v in WORDS] + each(lambda v: data.fingerprint('concept_scenes', v), *COUNTS, 10**6),
-    'data.batches': [lambda k=k, v=v: first(data.batches(**{**dict(images=S, scheme='simple', size=28, stats=STATS), k: v})) for k, vs in dict(scheme=WORDS, size=[*COUNTS, 10**6], stats=[None, (), 5, 'x', ((1,), (1,)), ((.5,)*3, (0.,)*3), ((nan,)*3, (1,)*3)],
-        batch=COUNTS, index=[[], [9], [-1], [.5], [True], 'x', 5], shard=[(2, 2), (0, 0), (-1, 1), 5, 'x'], device=['x', 'meta', 'cuda:99', 1.5]).items() for v in vs],
-    'data.crop_matrices': each(lambda v: data.crop_matrices('simple', torch.tensor([[4, 4]]), v), *COUNTS) + each(lambda v: data.crop_matrices(v, torch.tensor([[4, 4]]), 4), *WORDS),
+    'data names': [lambda f=f, v=v: f(v)
+        for f in (data.count, data.check_data, data.parse_name, data.is_drawn, lambda v: data.fingerprint(v, 32), data.pack)
+        for v in WORDS] + each(lambda v: data.fingerprint('concept_scenes', v), *COUNTS, 10**6),
+    'data.batches': [lambda k=k, v=v: first(data.batches(**{**dict(images=S, scheme='simple', size=28, stats=STATS), k: v}))
+        for k, vs in dict(scheme=WORDS, size=[*COUNTS, 10**6],
+            stats=[None, (), 5, 'x', ((1,), (1,)), ((.5,)*3, (0.,)*3), ((nan,)*3, (1,)*3)],
+        batch=COUNTS, index=[[], [9], [-1], [.5], [True], 'x', 5], shard=[(2, 2), (0, 0), (-1, 1), 5, 'x'],
+        device=['x', 'meta', 'cuda:99', 1.5]).items() for v in vs],
+    'data.crop_matrices': each(lambda v: data.crop_matrices('simple', torch.tensor([[4, 4]]), v),
+        *COUNTS) + each(lambda v: data.crop_matrices(v, torch.tensor([[4, 4]]), 4), *WORDS),
     'data.decode': each(data.decode, 'x', '', '/', 'a\0b', LONG, None, 5),
     'data.evidence': [lambda: data.evidence(S, 'x', 28), lambda: data.evidence(S, 'simple', 0), lambda: data.evidence(S, 'simple', 'x')],
     'data.pick': each(lambda v: data.pick(S, v), torch.tensor([9]), torch.tensor([-1]), torch.tensor([.5]), 'x', None),
-    'methods.get_method': each(methods.get_method, *WORDS, []) + [lambda n=n, k=k, v=v: methods.get_method(n, **{k: v}) for n, bad in dict(pcl=dict(tau=TAUS, x=[1], omega=[nan, inf, -1, 10**400, 'x'], side_weight=[nan, None], ipc_weight=['x', True], cpc_weight=[-1],
-        detach=[1, 'x', None], mask=WORDS, fill=WORDS, stage=WORDS, target=WORDS, ipc_distance=WORDS, cpc_distance=WORDS), has=dict(drop_rate=TAUS, patches=[(), '', None, [nan], [-1], [True], 'x', '1'*5000, '²', {}, 1.5]), acol=dict(threshold=[0, 1, *TAUS], output=WORDS),
-        adl=dict(stage=WORDS, drop_rate=TAUS, threshold=TAUS), amloss=dict(weight=[nan, -1], sigma=TAUS, omega=['x']), baseline=dict(tau=[.5])).items() for k, vs in bad.items() for v in vs],
-    'methods on tensors': each(lambda v: methods.hide_patches(X, v), [], [64], [-1], [nan], [1.5], None, 'x') + each(lambda v: methods.hide_patches(X, [8], v), *TAUS) + [lambda: methods.fuse(Z, Z, 'x'), lambda: methods.fuse(Z, Z[:1])]
+    'methods.get_method': each(methods.get_method, *WORDS,
+        []) + [lambda n=n, k=k, v=v: methods.get_method(n, **{k: v})
+        for n, bad in dict(pcl=dict(tau=TAUS, x=[1], omega=[nan, inf, -1, 10**400, 'x'], side_weight=[nan, None], ipc_weight=['x', True],
+            cpc_weight=[-1],
+        detach=[1, 'x', None], mask=WORDS, fill=WORDS, stage=WORDS, target=WORDS, ipc_distance=WORDS, cpc_distance=WORDS),
+        has=dict(drop_rate=TAUS, patches=[(), '', None, [nan], [-1], [True], 'x', '1'*5000, '²', {}, 1.5]),
+        acol=dict(threshold=[0, 1, *TAUS], output=WORDS),
+        adl=dict(stage=WORDS, drop_rate=TAUS, threshold=TAUS), amloss=dict(weight=[nan, -1], sigma=TAUS, omega=['x']),
+        baseline=dict(tau=[.5])).items() for k, vs in bad.items() for v in vs],
+    'methods on tensors': each(lambda v: methods.hide_patches(X, v), [], [64], [-1], [nan], [1.5], None,
+        'x') + each(lambda v: methods.hide_patches(X, [8], v), *TAUS) + [lambda: methods.fuse(Z, Z, 'x'), lambda: methods.fuse(Z, Z[:1])]
         + each(lambda v: methods.attention_dropout(FEATURES, v), *TAUS),
-    'training.recipe_for': each(training.recipe_for, *WORDS, []) + each(lambda v: training.recipe_for('smoke', v), *WORDS) + options(lambda **k: training.recipe_for('smoke', **k), x=[1], arch=WORDS, data=WORDS, method=WORDS, options=[None, 5, [], {'x': 1}, {1: 2}], seed=COUNTS[1:],
-        size=[*COUNTS, 10**6], width=[0, -1, 5, nan, 'x', None, True], small_input=['x', None, 1], train=[*COUNTS, 10**12], val=COUNTS, data_seed=COUNTS[1:], epochs=COUNTS[1:], batch=COUNTS, lr=[-1, nan, inf, 10**400, 'x', None, True], momentum=[-1, 1, nan, 'x'], weight_decay=[-1, nan],
-        gamma=[-1, None], validate_every=COUNTS[1:], amp=['x', None], channels_last=['x', None], threads=COUNTS[1:], accumulate=COUNTS, compile=['x', 1], sync_bn=['x', 1], weights=['x', None]),
-    'training': each(lambda v: training.learning_rate(v, .1, .5), *WORDS) + each(lambda v: training.evaluate(M, S, v, 28, STATS), *WORDS) + [lambda: training.evaluate(M, data.pick(S, torch.arange(0)), 'simple', 28, STATS)],
-    'runs': each(lambda v: runs.train_all([], workers=v), *COUNTS[1:]) + each(runs.check_engine, 'x', 'dask:', 'dask:x.json', f'dask:{LONG}.json', None, 5) + each(runs.checks, 'x'),
-    'core': each(core.usable_device, 'x', SNOW, LONG, 'meta', 'cuda:99', 'cpu:x', 5, 1.5, nan, [], {}) + each(core.resolve, None, 5, nan, LONG, '~no_such_user') + each(lambda v: core.threads(v).__enter__(), *COUNTS) + each(lambda v: core.choose(v, 'abc', 'letter'), *WORDS, LONG, [], 10**5000),
+    'training.recipe_for': each(training.recipe_for, *WORDS, []) + each(lambda v: training.recipe_for('smoke', v),
+        *WORDS) + options(lambda **k: training.recipe_for('smoke', **k), x=[1], arch=WORDS, data=WORDS, method=WORDS,
+        options=[None, 5, [], {'x': 1}, {1: 2}], seed=COUNTS[1:],
+        size=[*COUNTS, 10**6], width=[0, -1, 5, nan, 'x', None, True], small_input=['x', None, 1], train=[*COUNTS, 10**12], val=COUNTS,
+        data_seed=COUNTS[1:], epochs=COUNTS[1:], batch=COUNTS, lr=[-1, nan, inf, 10**400, 'x', None, True], momentum=[-1, 1, nan, 'x'],
+        weight_decay=[-1, nan],
+        gamma=[-1, None], validate_every=COUNTS[1:], amp=['x', None], channels_last=['x', None], threads=COUNTS[1:], accumulate=COUNTS,
+        compile=['x', 1], sync_bn=['x', 1], weights=['x', None]),
+    'training': each(lambda v: training.learning_rate(v, .1, .5), *WORDS) + each(lambda v: training.evaluate(M, S, v, 28, STATS),
+        *WORDS) + [lambda: training.evaluate(M, data.pick(S, torch.arange(0)), 'simple', 28, STATS)],
+    'runs': each(lambda v: runs.train_all([], workers=v), *COUNTS[1:]) + each(runs.check_engine, 'x', 'dask:', 'dask:x.json',
+        f'dask:{LONG}.json', None, 5) + each(runs.checks, 'x'),
+    'core': each(core.usable_device, 'x', SNOW, LONG, 'meta', 'cuda:99', 'cpu:x', 5, 1.5, nan, [], {}) + each(core.resolve, None, 5, nan,
+        LONG, '~no_such_user') + each(lambda v: core.threads(v).__enter__(), *COUNTS) + each(lambda v: core.choose(v, 'abc', 'letter'),
+        *WORDS, LONG, [], 10**5000),
     'explore.image_files': each(explore.image_files, 'x', 'a\0b', LONG, None, 5, nan, []),
-    'reproduce': each(lambda v: reproduce.plan([v]), *WORDS) + each(lambda v: reproduce.plan(profile=v), *WORDS) + each(lambda v: reproduce.plan(archs=[v]), *WORDS) + each(lambda v: reproduce.estimate([], v), *WORDS),
+    'reproduce': each(lambda v: reproduce.plan([v]), *WORDS) + each(lambda v: reproduce.plan(profile=v),
+        *WORDS) + each(lambda v: reproduce.plan(archs=[v]), *WORDS) + each(lambda v: reproduce.estimate([], v), *WORDS),
 }
 
 
@@ -219,7 +292,8 @@ def test_public_function(name):
 
 def test_bad_calls_leave_nothing_behind():
     "The network is as it was: no hook, the same mode, the same numbers."
-    assert not M.training and not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in M.modules()) and all(p.requires_grad for p in M.parameters())
+    assert not M.training and not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
+        for m in M.modules()) and all(p.requires_grad for p in M.parameters())
     assert focus_area.focus_area(M, X).coverage.shape == (2,) and torch.isfinite(erf.impact_map(M, X)).all()
 
 
@@ -236,14 +310,16 @@ def bad_files(folder):
     (folder/'gone.png').symlink_to('nowhere.png')
     (folder/'folder.png').mkdir()
     Image.new('1', (20_000, 20_000)).save(folder/'bomb.png')
-    return {'empty.jpg': 'formats', 'words.jpg': 'formats', 'cut.jpg': 'truncated', 'loop.png': 'symbolic links', 'gone.png': 'No such file', 'folder.png': 'directory', 'bomb.png': 'decompression bomb'}
+    return {'empty.jpg': 'formats', 'words.jpg': 'formats', 'cut.jpg': 'truncated', 'loop.png': 'symbolic links',
+        'gone.png': 'No such file', 'folder.png': 'directory', 'bomb.png': 'decompression bomb'}
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
     "Decoded alone, in memory, or by a worker from disk."
     for name, why in bad_files(tmp_path).items():
         disk = data.ImageSet(data.Files(tmp_path, [name]), torch.zeros(1, dtype=torch.long), ('a',))
-        for call in (lambda: data.decode(tmp_path/name), lambda: first(data.batches(disk, 'simple', 28, STATS, 1, workers=0))): refused(call, name, why)
+        for call in (lambda: data.decode(tmp_path/name), lambda: first(data.batches(disk, 'simple', 28, STATS, 1, workers=0))):
+            refused(call, name, why)
 
 
 def test_bad_files_are_left_out_by_choice(tmp_path, capsys):
@@ -268,7 +344,8 @@ def test_unusual_files_are_read(tmp_path):
     "The first picture of an animation, all turns of EXIF, one pixel, 20,000 pixels wide or high: into batches by both ways and schemes."
     pictures = [Image.new('RGB', (20, 10), c) for c in ('red', 'lime')]
     for ending in ('png', 'webp', 'tiff'):
-        pictures[0].save(tmp_path/f'moves.{ending}', save_all=True, append_images=pictures[1:], **dict(lossless=True) if ending == 'webp' else {})
+        pictures[0].save(tmp_path/f'moves.{ending}', save_all=True, append_images=pictures[1:],
+            **dict(lossless=True) if ending == 'webp' else {})
         assert data.decode(tmp_path/f'moves.{ending}')[:, 5, 5].tolist() == [255, 0, 0]
     for turn in range(1, 9):
         exif = Image.Exif(); exif[0x112] = turn
@@ -300,10 +377,14 @@ def test_names_with_spaces_and_beyond_ascii(pictures, tmp_path, capsys):
     "A folder of any name: checked, packed, trained on; results to a folder of any name; a file name that is not text."
     name, out = f'folder:{pictures}', tmp_path/f'runs of {SNOW}'
     assert data.main(['check', name]) == 0 and 'train: 6 images, 2 classes' in capsys.readouterr().out
-    assert data.main(['pack', name, str(tmp_path/f'packed {SNOW}'), '--quiet']) == 0 and data.main(['check', f"packed:{tmp_path/f'packed {SNOW}'}"]) == 0
-    assert training.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '6', '--out', str(out)]) == 0 and (out/'run.json').exists()
+    assert data.main(['pack', name, str(tmp_path/f'packed {SNOW}'), '--quiet']) == 0 and data.main(['check',
+        f"packed:{tmp_path/f'packed {SNOW}'}"]) == 0
+    assert training.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '6', '--out',
+        str(out)]) == 0 and (out/'run.json').exists()
     P = check(NBS/'qualitative.ipynb', scenes=name, images=f'{pictures.parent}', out=str(out))
     assert len(P['images']) == 12
     before = data.fingerprint(name, 28)
-    photo(tmp_path/'new.png').rename(pictures/'train'/'wood & field'/os.fsdecode(b'\xff.png')); data._fingerprint.cache_clear(); data._load.cache_clear()
+    photo(tmp_path/'new.png').rename(pictures/'train'/'wood & field'/os.fsdecode(b'\xff.png'))
+    data._fingerprint.cache_clear()
+    data._load.cache_clear()
     assert data.fingerprint(name, 28) != before and len(data.load(name, 'train', 28)) == 7

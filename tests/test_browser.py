@@ -46,11 +46,14 @@ def lab(tmp_path, store):
     (tmp_path/'work').mkdir()
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    own = {n: str(tmp_path/n) for n in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'IPYTHONDIR')}
+    own = {n: str(tmp_path/n)
+        for n in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'IPYTHONDIR')}
     env = dict(os.environ, PYTHONPATH=str(ROOT), JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'settings'), **own)
     with open(tmp_path/'server.log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
-            f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={tmp_path/"work"}'], cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1',
+            f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
+            f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={tmp_path/"work"}'], cwd=tmp_path, env=env, stdout=log, stderr=log,
+            start_new_session=True)
     try:
         for _ in range(240):
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status?token={TOKEN}', timeout=5).close(); break
@@ -126,7 +129,8 @@ def test_the_slider_moves_the_picture(lab, page, tmp_path):
     until(lambda: all(panel.locator('img').evaluate_all('l => l.map(i => i.naturalWidth > 0)')), page)
     shoot(page, tmp_path, 'explore')
 
-    def pictures(): return {(name, nth): picture(page, name, nth) for name in ('CAM', 'focus-area', 'erased', 'impact-map') for nth in (0, 1)}
+    def pictures():
+        return {(name, nth): picture(page, name, nth) for name in ('CAM', 'focus-area', 'erased', 'impact-map') for nth in (0, 1)}
     was, slider = pictures(), panel.locator('.noUi-handle').first
     slider.focus(); page.keyboard.press('ArrowRight'); page.keyboard.press('ArrowRight')
     until(lambda: all(picture(page, n, 1) != was[n, 1] for n in ('focus-area', 'erased')), page)

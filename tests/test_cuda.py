@@ -75,6 +75,7 @@ def test_a_stream_is_measured_on_the_gpu():
     "Images and ground truth come from the CPU, whatever device the network is on."
     images = data.draw_concepts('scenes', 'val', 40, 64)
     stats, model = data.channel_stats(images), models.create_model('resnet18', 16, width=.25, small_input=True)
-    def table(m): return focus_area.coverage_table(m, data.batches(images, 'simple', 56, stats, 16), area=data.evidence(images, 'simple', 56))
+    def table(m):
+        return focus_area.coverage_table(m, data.batches(images, 'simple', 56, stats, 16), area=data.evidence(images, 'simple', 56))
     want, found = table(model.double()), table(model.cuda())
     assert np.abs(found.coverage - want.coverage).max() < .01 and np.abs(found.recall - want.recall).max() < .05

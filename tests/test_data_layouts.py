@@ -50,7 +50,8 @@ def places(tmp_path, monkeypatch):
         for k, (p, n) in enumerate(train): picture(base/f'data_{size}_standard'/p.lstrip('/'), h, w + k % 3, k)
         for k, (p, n) in enumerate(val): picture(base/f'val_{size}'/p, h, w, 100 + k)
     monkeypatch.setattr(Places365, '_CATEGORIES_META', ('categories_places365.txt', md5['categories_places365.txt']))
-    monkeypatch.setattr(Places365, '_FILE_LIST_META', {'train-standard': ('places365_train_standard.txt', md5['places365_train_standard.txt']),
+    monkeypatch.setattr(Places365, '_FILE_LIST_META',
+        {'train-standard': ('places365_train_standard.txt', md5['places365_train_standard.txt']),
                                                        'val': ('places365_val.txt', md5['places365_val.txt'])})
     refresh()
     return base
@@ -113,7 +114,8 @@ def test_places365_small_has_a_cap_or_a_list(places, tmp_path):
     chosen.write_text('b/bakery/shop/00000003.jpg\n/a/airfield/00000002.jpg 0\n\n')
     images = data.load(f'places365-small:{places}@{chosen}', 'train', 32)
     assert images.labels.tolist() == [0, 2] and images.images.path(1).endswith('shop/00000003.jpg')
-    for line, message in (('a/nowhere.jpg', 'line 1: label of a/nowhere.jpg is none'), ('a/airfield/00000002.jpg 3', 'valid: 0 to 2'), ('', 'names no image')):
+    for line, message in (('a/nowhere.jpg', 'line 1: label of a/nowhere.jpg is none'), ('a/airfield/00000002.jpg 3', 'valid: 0 to 2'),
+        ('', 'names no image')):
         chosen.write_text(line); refresh()
         with pytest.raises(InputError, match=message): data.check_data(f'places365-small:{places}@{chosen}')
     with pytest.raises(InputError, match='neither a number'): data.check_data(f'places365-small:{places}@few')
@@ -126,7 +128,8 @@ def test_imagenet(imagenet):
     assert len(data.load(f'imagenet:{imagenet}', 'train', 32, 3)) == 3
 
 
-@pytest.mark.parametrize('what, source', [('categories_places365.txt', 'filelist_places365-standard.tar'), ('places365_val.txt', 'filelist_places365-standard.tar'),
+@pytest.mark.parametrize('what, source',
+    [('categories_places365.txt', 'filelist_places365-standard.tar'), ('places365_val.txt', 'filelist_places365-standard.tar'),
     ('data_large_standard', 'train_large_places365standard.tar, which unpacks as data_large: rename it'), ('val_large', 'val_large.tar')])
 def test_what_places365_lacks_is_named(places, what, source):
     "One line: which file, where to, where from."
@@ -145,7 +148,9 @@ def test_a_damaged_list_and_a_lost_image_are_named(places):
     with pytest.raises(InputError, match=r'places365_val.txt does not exist or is corrupted$'): data.check_data(f'places365:{places}')
 
 
-@pytest.mark.parametrize('what, source', [('meta.bin', 'ILSVRC2012_devkit_t12.tar.gz'), ('train', 'ILSVRC2012_img_train.tar'), ('val', 'ILSVRC2012_img_val.tar'), ('train/n03126707', '2 of 3 class folders')])
+@pytest.mark.parametrize('what, source',
+    [('meta.bin', 'ILSVRC2012_devkit_t12.tar.gz'), ('train', 'ILSVRC2012_img_train.tar'), ('val', 'ILSVRC2012_img_val.tar'),
+        ('train/n03126707', '2 of 3 class folders')])
 def test_what_imagenet_lacks_is_named(imagenet, what, source):
     "One line: which file, where to, where from."
     (imagenet/what).rename(imagenet.parent/'elsewhere')
@@ -201,7 +206,8 @@ def test_files_of_every_kind(tmp_path):
 
 def packing(name, out, **how):
     "The command line that packs."
-    return subprocess.Popen([sys.executable, '-m', 'pcl_nb.data', 'pack', name, str(out), '--edge', '32', '--quiet'], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, **how)
+    return subprocess.Popen([sys.executable, '-m', 'pcl_nb.data', 'pack', name, str(out), '--edge', '32', '--quiet'], cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, **how)
 
 
 def test_packing_survives_kills(tmp_path):
@@ -212,7 +218,8 @@ def test_packing_survives_kills(tmp_path):
     assert packing(name, tmp_path/'whole').wait() == 0
     for blocks in (1, 2, 4):
         p = packing(name, tmp_path/'out')
-        sizes = lambda: sum((tmp_path/'out'/f'done-{s}').stat().st_size//8 for s in ('train', 'val') if (tmp_path/'out'/f'done-{s}').exists())
+        sizes = lambda: sum((tmp_path/'out'/f'done-{s}').stat().st_size//8 for s in ('train', 'val')
+            if (tmp_path/'out'/f'done-{s}').exists())
         while p.poll() is None and sizes() < min(256*blocks, 950): time.sleep(.001)
         p.send_signal(signal.SIGKILL); p.wait()
         if not (tmp_path/'out/index.json').exists():
@@ -236,7 +243,8 @@ def test_a_packed_set_is_found_and_checked(imagenet):
     before = data.fingerprint(name, 28)
     folder = data.pack(name, edge=data.base_size(28), progress=False)
     refresh()
-    assert folder.parent == imagenet and isinstance(data.load(name, 'val', 28).images, data.Packed) and isinstance(data.load(name, 'val', 56).images, data.Files)
+    assert folder.parent == imagenet and isinstance(data.load(name, 'val', 28).images,
+        data.Packed) and isinstance(data.load(name, 'val', 56).images, data.Files)
     assert data.fingerprint(name, 28) != before
     assert data.fingerprint(name, 28) == data.fingerprint(f'packed:{folder}', 28)
     assert len(data.load(f'packed:{folder}', 'train', 28, 3)) == 3

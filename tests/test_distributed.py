@@ -19,7 +19,8 @@ from pcl_nb import core, losses, methods, models, training
 
 SECONDS = 300  # nothing takes this long, unless it hangs
 # Every method, with both sides trained and the other forms of CPC; the batch also in two micro-batches.
-STEPS = [(name, {}, 1) for name in methods.METHODS] + [('pcl', dict(detach=False, cpc_distance='js'), 1), ('pcl', dict(cpc_distance='correlation'), 1), ('pcl', {}, 2), ('has', {}, 2)]
+STEPS = ([(name, {}, 1) for name in methods.METHODS] + [('pcl', dict(detach=False, cpc_distance='js'), 1),
+    ('pcl', dict(cpc_distance='correlation'), 1), ('pcl', {}, 2), ('has', {}, 2)])
 
 
 class Net(nn.Module):
@@ -44,7 +45,9 @@ def gradient(name, options, accumulate):
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(12, 3, 32, 32, generator=g, dtype=torch.float64), torch.randint(16, (12,), generator=g)
     rank, ranks = losses.shard()
-    with core.seeded('step'): _, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks], accumulate=accumulate)
+    with core.seeded('step'):
+        _, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks],
+            accumulate=accumulate)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([*items.values()])
 
 
@@ -79,7 +82,8 @@ def member(folder, rank, ranks):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks)
     found = dict(steps=[gradient(*s) for s in STEPS], normed=normed_gradient(), own=trained(OWN, network(True)), smoke=trained(SMOKE),
-        refused=[refused(training.recipe_for('smoke', **c)) for c in (dict(batch=15), dict(accumulate=16), dict(sync_bn=True), dict(lr=1e6))],
+        refused=[refused(training.recipe_for('smoke', **c))
+            for c in (dict(batch=15), dict(accumulate=16), dict(sync_bn=True), dict(lr=1e6))],
         sizes=[tuple(losses.joint(torch.full((2, 3), float(rank)))[:, 0].tolist())])
     torch.save(found, folder/f'{rank}.pt')
     dist.destroy_process_group()
@@ -135,14 +139,18 @@ def test_joint_table_is_in_the_order_of_the_batch(group):
 def test_what_does_not_divide_is_refused_everywhere(group):
     "One line, the same in each process; so does a loss that is not a number."
     assert group[0]['refused'] == group[1]['refused']
-    for said, want in zip(group[0]['refused'], ['do not divide into 2 processes', '16 images a step do not divide into 2 processes x 16 micro-batches', 'sync_bn over several processes needs CUDA', 'not finite in epoch 1, step']):
+    for said, want in zip(group[0]['refused'],
+        ['do not divide into 2 processes', '16 images a step do not divide into 2 processes x 16 micro-batches',
+            'sync_bn over several processes needs CUDA', 'not finite in epoch 1, step']):
         assert want in said and '\n' not in said
 
 
 def launch(folder, *args, ranks=2, device='cpu'):
     "torchrun on this machine, in a session of its own."
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), '-m', 'pcl_nb.training', '--profile', 'smoke',
-                             '--device', device, '--quiet', '--out', folder, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), '-m',
+        'pcl_nb.training', '--profile', 'smoke',
+                             '--device', device, '--quiet', '--out', folder, *args], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process):
@@ -204,4 +212,5 @@ def test_two_gpus_train(tmp_path, args):
     process = launch(tmp_path, '--method', 'pcl', '--epochs', '2', *args.split(), device='cuda')
     _, said = finish(process)
     assert process.returncode == 0, said
-    assert np.isfinite(pd.read_csv(tmp_path/'metrics.csv').iloc[-1]).all() and json.loads((tmp_path/'run.json').read_text())['processes'] == 2
+    assert np.isfinite(pd.read_csv(tmp_path/'metrics.csv').iloc[-1]).all() and json.loads((
+        tmp_path/'run.json').read_text())['processes'] == 2

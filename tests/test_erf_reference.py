@@ -18,7 +18,8 @@ def random_model(arch):
     model = models.create_model(arch, 5, width=.25, small_input=True).double()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for values, low, high in ((m.weight, .5, 1.5), (m.bias, -.5, .5), (m.running_mean, -.5, .5), (m.running_var, .5, 2)): nn.init.uniform_(values, low, high)
+            for values, low, high in ((m.weight, .5, 1.5), (m.bias, -.5, .5), (m.running_mean, -.5, .5), (m.running_var, .5, 2)):
+                nn.init.uniform_(values, low, high)
     return model.eval()
 
 

@@ -26,7 +26,8 @@ def test_every_method_is_compared(smoke):
     assert list(table.index) == ['baseline', 'has', 'acol', 'adl', 'adl:official', 'amloss', 'pcl'] and (table.runs == 2).all()
     assert table.cost['baseline'] == 1 and (table.cost > 0).all()
     base = table.loc['baseline']
-    for name in ('has', 'adl', 'amloss'): assert table.parameters_training[name] == table.parameters_evaluation[name] == base.parameters_training
+    for name in ('has', 'adl', 'amloss'):
+        assert table.parameters_training[name] == table.parameters_evaluation[name] == base.parameters_training
     assert table.parameters_evaluation['acol'] == table.parameters_training['acol'] > base.parameters_training
     assert table.parameters_training['pcl'] > table.parameters_evaluation['pcl'] == base.parameters_evaluation, 'the side head is for training alone'
     assert np.isfinite(table[['top1', 'coverage', 'erf']]).all(axis=None)
@@ -39,7 +40,8 @@ def test_configuration_is_what_the_methods_say(smoke):
     for ending in ('md', 'tex'): assert 'Hide-and-Seek' in (smoke.results/f'erasing_configuration.{ending}').read_text()
 
 
-@pytest.mark.parametrize('name', ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_correlations', 'relu_claims'])
+@pytest.mark.parametrize('name',
+    ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_correlations', 'relu_claims'])
 def test_result_has_numbers_and_provenance(smoke, name):
     "Each result has its table and says how it came about."
     about = json.loads((smoke.results/f'{name}.json').read_text())

@@ -104,7 +104,8 @@ def test_more_architectures_join_the_figure(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     joint, archs = pd.read_csv(results/'fig6.csv'), ['shufflenet_v2_x1_5', 'resnet18', 'resnet34']
     assert list(joint.arch.unique()) == json.loads((results/'fig6.json').read_text())['archs'] == archs
-    for arch in archs: pd.testing.assert_frame_equal(joint[joint.arch == arch].reset_index(drop=True), pd.read_csv(results/f'fig6_{arch}.csv'))
+    for arch in archs:
+        pd.testing.assert_frame_equal(joint[joint.arch == arch].reset_index(drop=True), pd.read_csv(results/f'fig6_{arch}.csv'))
     assert sorted(p.name for p in results.glob('fig?.*')) == ['fig6.csv', 'fig6.json', 'fig6.png']
 
 

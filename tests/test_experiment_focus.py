@@ -17,7 +17,8 @@ NAMES = 'focus_area', 'qualitative', 'target_class'
 def smoke(tmp_path_factory):
     "All three experiments in one store: the folder, and what was in it when they had ended."
     folder = tmp_path_factory.mktemp('focus')
-    for name, given in dict(focus_area=dict(archs='resnet18,shufflenet_v2_x1_5', seeds=2), qualitative={}, target_class=dict(archs='resnet18', seeds=2)).items():
+    for name, given in dict(focus_area=dict(archs='resnet18,shufflenet_v2_x1_5', seeds=2), qualitative={},
+        target_class=dict(archs='resnet18', seeds=2)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
@@ -28,14 +29,17 @@ def read(smoke, name):
     return pd.read_csv(smoke.results/f'{name}.csv'), json.loads((smoke.results/f'{name}.json').read_text())
 
 
-@pytest.mark.parametrize('name', ['fig1', 'fig2', 'fig3', 'focus_evidence', 'focus_coverage', 'focus_claims', 'fig4_resnet18', 'fig4_groups_resnet18', 'fig4_claims_resnet18', 'table1', 'table1_claims'])
+@pytest.mark.parametrize('name',
+    ['fig1', 'fig2', 'fig3', 'focus_evidence', 'focus_coverage', 'focus_claims', 'fig4_resnet18', 'fig4_groups_resnet18',
+        'fig4_claims_resnet18', 'table1', 'table1_claims'])
 def test_result_has_numbers_and_provenance(smoke, name):
     "Each result has its table and says how it came about; those that are pictures have something on them."
     table, about = read(smoke, name)
     assert len(table) and {'settings', 'parameters', 'runs', 'versions', 'revision'} <= set(about)
     assert about['versions'] == core.versions()
     if name in ('fig1', 'fig2', 'fig3', 'focus_evidence', 'fig4_resnet18'):
-        with Image.open(smoke.results/f'{name}.png') as picture: assert min(picture.size) > 100 and len(np.unique(np.array(picture.convert('L')))) > 10
+        with Image.open(smoke.results/f'{name}.png') as picture:
+            assert min(picture.size) > 100 and len(np.unique(np.array(picture.convert('L')))) > 10
 
 
 def test_distributions_are_whole(smoke):
@@ -80,7 +84,8 @@ def test_part_run_again_keeps_the_rest(smoke):
     now = contents(smoke.folder/'figures')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
     others = read(smoke, 'fig2')[1]['others']
-    assert [r for s in others for r in s['rows']] == ['resnet18 scenes', 'resnet18 pcl'] and all({'runs', 'revision', 'versions'} <= set(s) for s in others)
+    assert [r for s in others for r in s['rows']] == ['resnet18 scenes',
+        'resnet18 pcl'] and all({'runs', 'revision', 'versions'} <= set(s) for s in others)
 
 
 def test_another_architecture_joins_the_table(smoke):
@@ -97,7 +102,8 @@ def test_own_images_are_shown(smoke, tmp_path):
     (tmp_path/'some').mkdir()
     for i, size in enumerate([(40, 60), (90, 50), (28, 28)]):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8)).save(tmp_path/'some'/f'{i}.png')
-    done = papermill(NBS/'qualitative.ipynb', smoke.folder, profile='smoke', images=f"{tmp_path/'some'},{tmp_path/'some'/'1.png'}", groups=2)
+    done = papermill(NBS/'qualitative.ipynb', smoke.folder, profile='smoke', images=f"{tmp_path/'some'},{tmp_path/'some'/'1.png'}",
+        groups=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(pd.read_csv(smoke.results/'own_images.csv')) == 4
     assert (smoke.results/'fig4_resnet18.csv').read_bytes() == smoke.files['smoke/fig4_resnet18.csv']

@@ -10,7 +10,8 @@ from pcl_nb import core
 
 
 @pytest.mark.parametrize('name, value, named', [
-    ('arch', 'resnet19', "did you mean 'resnet18'?"), ('image', -1, 'is not a whole number from 0'), ('images', 'nowhere.jpg', "'nowhere.jpg' does not exist"),
+    ('arch', 'resnet19', "did you mean 'resnet18'?"), ('image', -1, 'is not a whole number from 0'),
+    ('images', 'nowhere.jpg', "'nowhere.jpg' does not exist"),
     ('rule', 'half', 'valid: threshold'), ('tau', 1.5, 'is not a number from 0 to 1')])
 def test_bad_value_is_refused_in_one_line(name, value, named):
     "The message names the parameter and what is valid."
@@ -27,7 +28,8 @@ def test_papermill_leaves_the_view(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     base = tmp_path/'figures'/'smoke'/'explore_resnet18'
     table, about = pd.read_csv(f'{base}.csv'), json.loads(base.with_suffix('.json').read_text())
-    assert set(table.network) == {'baseline', 'PCL'} and len(table) == 10 and set(table.image) == {'teal.png'} and table.coverage.between(0, 1).all()
+    assert set(table.network) == {'baseline', 'PCL'} and len(table) == 10 and set(table.image) == {'teal.png'} and table.coverage.between(0,
+        1).all()
     assert about['parameters']['image'] == 1 and 0 < about['update_seconds'] < 1
     with Image.open(base.with_suffix('.png')) as picture: assert picture.width > 800
     done = papermill(NBS/'explore.ipynb', tmp_path, image=2, **given)

@@ -23,7 +23,8 @@ from pcl_nb import core, data, runs, training
 from test_training import QUICK, SLOW, finished, outcome, start, weights
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
-CLI = [sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise', '--train', str(SLOW.train), '--epochs', str(SLOW.epochs), '--quiet']
+CLI = [sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise', '--train', str(SLOW.train),
+    '--epochs', str(SLOW.epochs), '--quiet']
 CUTS = 0, 1, 2, .25, .5, .75, -1      # bytes that are left, or their share; -1: all but one
 
 
@@ -146,7 +147,8 @@ def test_damage_to_a_checkpoint(tmp_path, undisturbed):
     for spoilt in damaged(original, random.Random(1)):
         for f in (tmp_path/'run').glob('[!.]*'): f.unlink()
         checkpoint.write_bytes(spoilt)
-        with pytest.warns(UserWarning, match='checkpoint .* cannot be read.*set aside'): fitted = training.run(SLOW, tmp_path/'run', progress=False)
+        with pytest.warns(UserWarning, match='checkpoint .* cannot be read.*set aside'):
+            fitted = training.run(SLOW, tmp_path/'run', progress=False)
         assert outcome(fitted, tmp_path/'run') == undisturbed[SLOW.key]
     for f in (tmp_path/'run').glob('[!.]*'): f.unlink()
     checkpoint.write_bytes(original)
@@ -197,7 +199,8 @@ def test_no_room_on_the_disk(tmp_path, undisturbed, size):
 
 def test_folder_that_cannot_be_written(tmp_path):
     "One line that names it, for whoever trains and whoever reproduces."
-    for args in ([*CLI, '--out', '/proc/nowhere'], [sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4', '--quiet']):
+    for args in ([*CLI, '--out', '/proc/nowhere'],
+        [sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4', '--quiet']):
         done = subprocess.run(args, cwd=ROOT, env=dict(os.environ, PCL_NB_RUNS='/proc/nowhere'), capture_output=True, text=True)
         assert done.returncode and 'Traceback' not in done.stderr and '/proc/nowhere' in done.stderr + done.stdout, done.stderr[-500:]
 
@@ -232,7 +235,8 @@ def test_clock_that_goes_backwards(tmp_path, undisturbed, monkeypatch):
 
 def reproduce(folder, **how):
     env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_FIGURES=str(folder/'figures'))
-    return subprocess.Popen([sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4,fig6,table1,claims', '--archs', 'resnet18', '--quiet'],
+    return subprocess.Popen([sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4,fig6,table1,claims', '--archs',
+        'resnet18', '--quiet'],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **how)
 
 

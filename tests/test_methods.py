@@ -43,7 +43,9 @@ def test_run_is_resumed_stored_and_loaded(tmp_path, name):
 
 def test_own_network_with_two_branches_is_stored_and_loaded(tmp_path):
     "ACoL duplicates the last stage of a network from elsewhere, too."
-    def own(): return models.wrap(torchvision.models.regnet_y_400mf(num_classes=16), {'stage3': 'trunk_output.block3', 'stage4': 'trunk_output.block4'})
+    def own():
+        return models.wrap(torchvision.models.regnet_y_400mf(num_classes=16),
+            {'stage3': 'trunk_output.block3', 'stage4': 'trunk_output.block4'})
     recipe = training.recipe_for('smoke', arch='custom', method='acol', size=64, train=16, val=16)
     trained = training.run(recipe, tmp_path, own(), progress=False).model
     assert isinstance(trained, methods.TwoBranch) and same(training.load_run(tmp_path, recipe, own()).model, trained)
@@ -85,7 +87,8 @@ def test_mixed_precision_trains(name):
 
 @pytest.mark.parametrize('name, options, message', [
     ('has', dict(patches=[16, 225]), 'larger than the image'), ('has', dict(drop_rate=2), 'a rate from 0 to 1'),
-    ('acol', dict(threshold=0), 'a threshold between 0 and 1'), ('adl', dict(stage='stage2'), 'valid: stage4, stage3'), ('amloss', dict(sigma=1), 'a threshold between 0 and 1'),
+    ('acol', dict(threshold=0), 'a threshold between 0 and 1'), ('adl', dict(stage='stage2'), 'valid: stage4, stage3'),
+    ('amloss', dict(sigma=1), 'a threshold between 0 and 1'),
 ])
 def test_recipe_refuses_bad_settings(name, options, message):
     "In one line, before anything is computed."

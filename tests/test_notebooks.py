@@ -15,7 +15,8 @@ from conftest import NBS, ROOT, code_cells, contents, tagged
 
 CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb'))
 EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.name != 'index.ipynb')
-EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '08_focus_area', '09_erf', '10_plots', '11_claims', '12_reproduce', '13_explore'}
+EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '08_focus_area', '09_erf',
+    '10_plots', '11_claims', '12_reproduce', '13_explore'}
 
 
 def each(notebooks):
@@ -58,12 +59,14 @@ def requirements():
     "All requirements in settings.ini."
     config = configparser.ConfigParser()
     config.read(ROOT/'settings.ini')
-    return [Requirement(line) for key in ('requirements', 'dev_requirements') for line in config['DEFAULT'][key].split('\n') if line.strip()]
+    return [Requirement(line) for key in ('requirements', 'dev_requirements') for line in config['DEFAULT'][key].split('\n')
+        if line.strip()]
 
 
 def test_clean_and_export_change_nothing(tmp_path):
     "The committed notebooks are clean and the package is what they export."
-    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True,
+        text=True)
     if listed.returncode: pytest.skip('not a git checkout')
     for name in filter(None, listed.stdout.split('\0')):
         if (ROOT/name).is_file():
@@ -73,7 +76,8 @@ def test_clean_and_export_change_nothing(tmp_path):
     for step in ('from nbdev.clean import nbdev_clean as step', 'from nbdev.doclinks import nbdev_export as step'):
         subprocess.run([sys.executable, '-c', f'{step}; step()'], cwd=tmp_path, check=True)
     after = contents(tmp_path)
-    assert [n for n in sorted({*before, *after}) if n.startswith(('nbs/', 'pcl_nb/')) and '__pycache__' not in n and before.get(n) != after.get(n)] == []
+    assert [n for n in sorted({*before, *after}) if n.startswith(('nbs/', 'pcl_nb/')) and '__pycache__' not in n
+        and before.get(n) != after.get(n)] == []
 
 
 def test_chapters_are_there():

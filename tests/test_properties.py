@@ -36,7 +36,9 @@ class Kept:
 
 @pytest.mark.parametrize('shape', [(4, 3), (1, 3), (4, 1)], ids=str)
 @pytest.mark.parametrize('detach', [True, False], ids=['teacher', 'both sides'])
-@pytest.mark.parametrize('loss, distance', [*((losses.instance_consistency, d) for d in losses.DISTANCES), *((losses.category_consistency, d) for d in (*losses.DISTANCES, 'correlation'))],
+@pytest.mark.parametrize('loss, distance',
+    [*((losses.instance_consistency, d) for d in losses.DISTANCES),
+        *((losses.category_consistency, d) for d in (*losses.DISTANCES, 'correlation'))],
                          ids=lambda v: v if isinstance(v, str) else v.__name__[:8])
 def test_gradient_of_a_consistency_loss(loss, distance, detach, shape):
     "The analytic gradient is the finite difference, for one image and for one category, too, and for scores far apart."
@@ -68,8 +70,10 @@ class Total(nn.Module):
         return sum(self.method.losses(self.model, x, y, STATS)[1].values())
 
 
-OPTIONS = [*((name, {}) for name in methods.METHODS), ('pcl', dict(detach=False, mask='soft', ipc_distance='js', cpc_distance='correlation', fill='black')),
-           ('pcl', dict(mask='soft', target='truth', fill='noise', ipc_distance='mse', cpc_distance='mse', side_weight=.5)), ('pcl_s4', dict(detach=False)),
+OPTIONS = [*((name, {}) for name in methods.METHODS),
+    ('pcl', dict(detach=False, mask='soft', ipc_distance='js', cpc_distance='correlation', fill='black')),
+           ('pcl', dict(mask='soft', target='truth', fill='noise', ipc_distance='mse', cpc_distance='mse', side_weight=.5)),
+           ('pcl_s4', dict(detach=False)),
            ('acol', methods.OFFICIAL['acol']), ('adl', dict(drop_rate=1, stage='stage3+stage4')), ('amloss', dict(weight=2., sigma=.3))]
 
 
@@ -113,7 +117,8 @@ def test_normalised_map_knows_no_scale(m, power, tau):
     wide = m[m.amax((1, 2)) - m.amin((1, 2)) > 1e-6].double()
     torch.testing.assert_close(cam.normalize_map(3*wide + 7), cam.normalize_map(wide), rtol=0, atol=1e-6)
     torch.testing.assert_close(cam.normalize_map(-m), torch.where(flat(m)[:, None, None], 0, 1 - n), rtol=0, atol=1e-6)
-    for mask in cam.MASKS: assert torch.equal(cam.erasing_mask(scaled, (9, 11), mask, tau), cam.erasing_mask(m.double(), (9, 11), mask, tau))
+    for mask in cam.MASKS:
+        assert torch.equal(cam.erasing_mask(scaled, (9, 11), mask, tau), cam.erasing_mask(m.double(), (9, 11), mask, tau))
 
 
 def classifier(size):
@@ -128,9 +133,11 @@ def test_focus_area_grows_and_shrinks_with_tau(m, size, a, b):
     "Coverage is a share; regions of one map lie in each other: smaller for a higher threshold, larger for a larger share of the mass. A flat map has none."
     images, nobody, low, high = torch.zeros(len(m), 3, *size), torch.zeros(len(m), dtype=torch.long), min(a, b), max(a, b)
     for rule in ('threshold', 'energy'):
-        small, large = (focus_area.region(None, images, m, nobody, rule, tau) for tau in ((high, low) if rule == 'threshold' else (low, high)))
+        small, large = (focus_area.region(None, images, m, nobody, rule, tau)
+            for tau in ((high, low) if rule == 'threshold' else (low, high)))
         assert small.shape == (len(m), *size) and (small <= large).all() and not large[flat(m)].any()
-    assert torch.equal(focus_area.region(None, images, m, nobody, 'threshold', 0.).flatten(1).all(1), ~flat(m)) and not focus_area.region(None, images, m, nobody, 'energy', 0.).any()
+    assert torch.equal(focus_area.region(None, images, m, nobody, 'threshold', 0.).flatten(1).all(1),
+        ~flat(m)) and not focus_area.region(None, images, m, nobody, 'energy', 0.).any()
 
 
 @always
@@ -186,7 +193,9 @@ def mirror(model, axis, symmetric=False):
 
 
 @pytest.mark.parametrize('axis', [-1, -2], ids=['left-right', 'up-down'])
-@pytest.mark.parametrize('arch, size, small, center', [('resnet18', 33, True, 'floor'), ('resnet50', 65, False, 'floor'), ('shufflenet_v2_x1_5', 33, True, 'mean4'), ('densenet121', 32, True, 'mean4')])
+@pytest.mark.parametrize('arch, size, small, center',
+    [('resnet18', 33, True, 'floor'), ('resnet50', 65, False, 'floor'), ('shufflenet_v2_x1_5', 33, True, 'mean4'),
+        ('densenet121', 32, True, 'mean4')])
 def test_impact_map_turns_with_image_and_network(arch, size, small, center, axis):
     "Images and kernels mirrored mirror the map, where the grid of positions is its own mirror image; with symmetric kernels, the images alone do."
     torch.manual_seed(0)
@@ -246,7 +255,8 @@ def test_schedules_are_the_papers():
     for scheme, table, epochs, decay in (('simple', COSINE, 40, 2e-4), ('complex', STEP, 80, 1e-4)):
         r = training.recipe_for('paper', scheme, data='concept_scenes', train=1, val=1)
         assert (r.epochs, r.weight_decay, r.lr, r.momentum, r.batch, r.size) == (epochs, decay, .1, .9, 256, 224)
-        for epoch, rate in table.items(): assert math.isclose(training.learning_rate(scheme, r.lr, epoch/epochs, r.gamma), rate, rel_tol=1e-5)
+        for epoch, rate in table.items():
+            assert math.isclose(training.learning_rate(scheme, r.lr, epoch/epochs, r.gamma), rate, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize('scheme', STEPS)
@@ -259,5 +269,6 @@ def test_each_step_takes_its_rate(monkeypatch, scheme):
     monkeypatch.setattr(training, 'train_step', look)
     recipe = training.recipe_for('smoke', scheme, **(dict(epochs=2) if scheme == 'simple' else dict(epochs=8, train=16)))
     fitted = training.fit(recipe, device='cpu', progress=False)
-    assert np.allclose([s[0] for s in seen], STEPS[scheme], rtol=1e-4) and {s[1:] for s in seen} == {(.9, training.SCHEMES[scheme].weight_decay)}
+    assert np.allclose([s[0] for s in seen], STEPS[scheme],
+        rtol=1e-4) and {s[1:] for s in seen} == {(.9, training.SCHEMES[scheme].weight_decay)}
     assert np.allclose(fitted.metrics.lr, STEPS[scheme][3::4] if scheme == 'simple' else STEPS[scheme], rtol=1e-4)

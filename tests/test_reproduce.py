@@ -62,7 +62,8 @@ def test_absent_data_stops_a_run(capsys):
 def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatch):
     "Its notebook is left out and says why; the other one runs; the exit code says that one failed."
     real = reproduce.recipes_of
-    def one_diverges(job): return {k: replace(r, lr=1e6) if job.notebook == 'qualitative' and r.method == 'pcl' else r for k, r in real(job).items()}
+    def one_diverges(job):
+        return {k: replace(r, lr=1e6) if job.notebook == 'qualitative' and r.method == 'pcl' else r for k, r in real(job).items()}
     monkeypatch.setattr(reproduce, 'recipes_of', one_diverges)
     jobs = reproduce.plan(['fig4', 'fig6'], 'smoke', ['resnet18'])
     table = reproduce.reproduce(jobs, core.figures_dir('smoke'), progress=False).set_index('notebook').state

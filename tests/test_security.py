@@ -98,7 +98,8 @@ def test_stored_weights_run_no_code(stored, run, form):
     assert (run/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes() and (run/'weights.pt.broken-1').exists()
 
 
-@pytest.mark.parametrize('raw', [b'', b'not weights', FORMS['zip']([1, 2]), FORMS['zip'](dict(other=torch.zeros(2)))], ids=['empty', 'text', 'list', 'another network'])
+@pytest.mark.parametrize('raw', [b'', b'not weights', FORMS['zip']([1, 2]), FORMS['zip'](dict(other=torch.zeros(2)))],
+    ids=['empty', 'text', 'list', 'another network'])
 def test_weights_that_are_none_are_set_aside(stored, run, raw):
     "Whatever it is that their hash vouches for."
     plant(run, raw)
@@ -107,14 +108,16 @@ def test_weights_that_are_none_are_set_aside(stored, run, raw):
 
 
 @each_seal
-@pytest.mark.parametrize('raw', [*(form(dict(key=QUICK.key, epoch=0, metrics=[], model=Evil(), optimizer={}, scaler={})) for form in FORMS.values()),
+@pytest.mark.parametrize('raw',
+    [*(form(dict(key=QUICK.key, epoch=0, metrics=[], model=Evil(), optimizer={}, scaler={})) for form in FORMS.values()),
                                  b'', FORMS['zip']([1, 2]), FORMS['zip'](dict(key=QUICK.key))], ids=[*FORMS, 'empty', 'list', 'incomplete'])
 def test_checkpoint_runs_no_code(stored, tmp_path, raw, seal):
     "One that cannot be used, for this or another reason, is set aside; training starts anew and ends with the same weights."
     raw = seal(raw)
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'checkpoint.pt').write_bytes(raw)
-    with pytest.warns(UserWarning, match='cannot be read.*set aside as checkpoint.pt.broken-1'): training.run(QUICK, tmp_path/'run', device='cpu', progress=False)
+    with pytest.warns(UserWarning, match='cannot be read.*set aside as checkpoint.pt.broken-1'):
+        training.run(QUICK, tmp_path/'run', device='cpu', progress=False)
     assert (tmp_path/'run'/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes() and (tmp_path/'run'/'checkpoint.pt.broken-1').read_bytes() == raw
 
 
@@ -123,7 +126,8 @@ def test_checkpoint_runs_no_code(stored, tmp_path, raw, seal):
 def test_weights_of_ones_own_run_no_code(tmp_path, name, form):
     "A file that is given by its path: refused in one line, whatever it is called."
     (tmp_path/name).write_bytes(form(dict(state_dict=Evil())))
-    with pytest.raises(core.InputError, match='is refused: not a file of weights alone') as refused: models.create_model('resnet18', 5, weights=tmp_path/name)
+    with pytest.raises(core.InputError, match='is refused: not a file of weights alone') as refused:
+        models.create_model('resnet18', 5, weights=tmp_path/name)
     assert '\n' not in str(refused.value)
 
 
@@ -150,7 +154,8 @@ def npy(array):
 
 
 @each_seal
-@pytest.mark.parametrize('raw', [npz(a=np.array([Evil()], dtype=object)), pickle.dumps(Evil()), npy(np.array([Evil()], dtype=object)), npy(np.arange(3)), b'', b'PK'],
+@pytest.mark.parametrize('raw',
+    [npz(a=np.array([Evil()], dtype=object)), pickle.dumps(Evil()), npy(np.array([Evil()], dtype=object)), npy(np.arange(3)), b'', b'PK'],
                          ids=['objects', 'pickle', 'objects in one array', 'one array', 'empty', 'cut off'])
 def test_measurement_runs_no_code(run, raw, seal):
     "Set aside and measured again; the one that is set aside is kept."
@@ -210,7 +215,8 @@ def test_downloads_are_hashed():
     for source, public in models.PUBLIC.items():
         for arch, name in public.files.items():
             wanted = models._expected(ROOT/'nowhere'/name, public.sums.get(name))
-            assert public.url.startswith('https://') and re.fullmatch('[0-9a-f]{8,64}', wanted) or wanted is None or re.fullmatch('[0-9a-f]{64}', wanted), (source, arch)
+            assert public.url.startswith('https://') and re.fullmatch('[0-9a-f]{8,64}',
+                wanted) or wanted is None or re.fullmatch('[0-9a-f]{64}', wanted), (source, arch)
     assert [s for s, p in models.PUBLIC.items() if not p.url.startswith('https://')] == ['places365']
     assert models._expected(ROOT/'nowhere'/'resnet18_places365.pth.tar', None) is None        # tests/test_weights.py: and so it is refused
 
@@ -246,8 +252,11 @@ def test_parameters_reach_a_notebook_as_literals(value):
 
 
 @pytest.mark.parametrize('main, args', [
-    *((training.main, ['--profile', 'smoke', '--quiet', '--method', 'pcl', *a]) for a in (['--set', CODE], ['--set', f'tau={CODE}'], ['--set', f'{CODE}=1'], ['--data', CODE], ['--data', f'folder:{CODE}'], ['--arch', CODE], ['--weights', CODE], ['--compile', CODE], ['--lr', CODE], ['--device', CODE])),
-    *((reproduce.main, ['--profile', 'smoke', '--dry-run', *a]) for a in (['--only', CODE], ['--scenes', CODE], ['--scenes', f'folder:{CODE}'], ['--archs', CODE], ['--seed', CODE])),
+    *((training.main, ['--profile', 'smoke', '--quiet', '--method', 'pcl', *a])
+        for a in (['--set', CODE], ['--set', f'tau={CODE}'], ['--set', f'{CODE}=1'], ['--data', CODE], ['--data', f'folder:{CODE}'],
+            ['--arch', CODE], ['--weights', CODE], ['--compile', CODE], ['--lr', CODE], ['--device', CODE])),
+    *((reproduce.main, ['--profile', 'smoke', '--dry-run', *a])
+        for a in (['--only', CODE], ['--scenes', CODE], ['--scenes', f'folder:{CODE}'], ['--archs', CODE], ['--seed', CODE])),
 ], ids=lambda v: v.__module__.split('.')[1] if callable(v) else ' '.join(v[-2:]))
 def test_command_lines_run_no_code(capsys, main, args):
     "Exit code 2 and one line."
@@ -287,7 +296,8 @@ def test_nothing_is_evaluated_or_given_to_a_shell():
     "No eval, no shell; `exec` runs the project's own cells, in one place."
     bad = re.compile(r'(eval|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get(status)?output|pty\..*|(code|runpy)\..*)$')
     assert [(w, n) for w, n, k in calls() if bad.match(n) or k.get('shell', 'False') != 'False'] == []
-    assert sorted((w.split()[0], n) for w, n, _ in calls() if n in ('exec', 'compile')) == [(w, n) for w in ('12_reproduce', 'reproduce.py') for n in ('compile', 'exec')]
+    assert sorted((w.split()[0], n) for w, n, _ in calls() if n in ('exec', 'compile')) == [(w, n)
+        for w in ('12_reproduce', 'reproduce.py') for n in ('compile', 'exec')]
 
 
 def test_nothing_is_unpickled_or_unpacked():
@@ -298,7 +308,8 @@ def test_nothing_is_unpickled_or_unpacked():
     assert [(w, n) for w, n, _ in found if re.fullmatch(r'yaml\.\w*load\w*', n) and n != 'yaml.safe_load'] == []
     bad = re.compile(r'((c?pickle|cloudpickle|dill|marshal|shelve)\..*|joblib\.load|(pd|pandas)\.read_pickle|torch\.hub\.load.*|(tarfile|zipfile)\..*|shutil\.unpack_archive|.*\.extractall|extract_archive)$')
     assert [(w, n) for w, n, _ in found if bad.match(n)] == []
-    taken = [(w, a.name) for w, code in sources() for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) for a in node.names
+    taken = [(w, a.name) for w, code in sources() for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)
+        for a in node.names
              if (node.module or '').split('.')[0] in ('pickle', 'marshal', 'shelve', 'os', 'subprocess', 'tarfile', 'zipfile', 'shutil')]
     assert taken == []
 

@@ -59,7 +59,8 @@ def cluster(tmp_path, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k != 'PCL_NB_RUNS'} | dict(TRAININGS=str(notes), PYTHONPATH=str(ROOT))
     started = []
     def start(*args):
-        started.append(subprocess.Popen([sys.executable, '-m', 'dask', *args, '--scheduler-file', file, '--no-dashboard'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        started.append(subprocess.Popen([sys.executable, '-m', 'dask', *args, '--scheduler-file', file, '--no-dashboard'], cwd=tmp_path,
+            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         return started[-1]
     def worker(*args): return start('worker', '--nthreads', '1', '--no-nanny', '--preload', preload, *args)
     def noted(): return [line.split() for line in notes.read_text().splitlines()]
@@ -118,7 +119,8 @@ def test_killed_worker_of_a_cluster_loses_nothing(tmp_path, store, cluster):
     # one worker is left: it trains, not the caller
     before = noted()
     assert runs.train_all([LONG, replace(LONG, seed=5, epochs=1)], progress=False, engine=engine) == 1
-    assert [(what, p == pid, p == str(os.getpid())) for what, _, p, _ in noted()[len(before):]] == [('begin', False, False), ('end', False, False)]
+    assert [(what, p == pid, p == str(os.getpid())) for what, _, p, _ in noted()[len(before):]] == [('begin', False, False),
+        ('end', False, False)]
 
 
 @needs_dask
@@ -135,7 +137,8 @@ def test_worker_of_several_threads_is_refused(cluster):
 def test_no_scheduler_is_one_line(monkeypatch):
     "An address where nothing answers."
     monkeypatch.setattr(runs, 'WAIT', 1)
-    with pytest.raises(InputError, match='no Dask scheduler answers') as refused: runs.train_all([LONG], progress=False, engine='dask:tcp://127.0.0.1:9')
+    with pytest.raises(InputError, match='no Dask scheduler answers') as refused:
+        runs.train_all([LONG], progress=False, engine='dask:tcp://127.0.0.1:9')
     assert '\n' not in str(refused.value)
 
 

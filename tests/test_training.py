@@ -152,7 +152,8 @@ def test_killed_holder_lets_others_train(store):
     ('run.json', lambda p: p.write_text('[]')),
     ('metrics.csv', lambda p: p.unlink()),
     ('metrics.csv', lambda p: p.write_bytes(p.read_bytes()[:8])),
-], ids=['weights truncated', 'weights altered', 'weights deleted', 'record emptied', 'record without content', 'metrics deleted', 'metrics truncated'])
+], ids=['weights truncated', 'weights altered', 'weights deleted', 'record emptied', 'record without content', 'metrics deleted',
+    'metrics truncated'])
 def test_damaged_run_is_set_aside_and_trained_again(tmp_path, name, damage):
     "A warning says so; what was there stays under another name; the weights come out the same."
     first = outcome(training.run(QUICK, tmp_path, progress=False), tmp_path)
@@ -265,7 +266,8 @@ def test_diverging_run_ends_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize('looks', [1, 50])
-@pytest.mark.parametrize('spoilt, said', [('loss', 'loss_ce is not finite in epoch 2, step 3 of 4'), ('weights', 'weights are not finite in epoch 2, step 4 of 4')])
+@pytest.mark.parametrize('spoilt, said',
+    [('loss', 'loss_ce is not finite in epoch 2, step 3 of 4'), ('weights', 'weights are not finite in epoch 2, step 4 of 4')])
 def test_first_bad_step_is_named_and_the_checkpoint_before_it_kept(tmp_path, monkeypatch, looks, spoilt, said):
     "Whether each step is looked at, as on a CPU, or only some are, as on a GPU."
     step, calls = training.train_step, []
@@ -307,7 +309,8 @@ def test_network_that_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
     torch._dynamo.reset()
     def broken(graph, inputs): raise OSError('no compiler on this machine')
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=broken))
-    with pytest.raises(core.InputError, match='cannot be compiled here.*no compiler on this machine.*train without compile') as e: training.fit(replace(QUICK, compile=True), device='cpu', progress=False)
+    with pytest.raises(core.InputError, match='cannot be compiled here.*no compiler on this machine.*train without compile') as e:
+        training.fit(replace(QUICK, compile=True), device='cpu', progress=False)
     assert '\n' not in str(e.value)
 
 
@@ -328,5 +331,6 @@ def test_micro_batches_add_up_to_the_batch(accumulate):
 
 def test_another_recipe_gets_another_run(store):
     "Whatever changes the network changes the run's name; where a folder lies does not."
-    keys = [replace(QUICK, **changes).key for changes in ({}, dict(seed=1), dict(lr=.01), dict(method='pcl'), dict(train=80), dict(epochs=2))]
+    keys = [replace(QUICK, **changes).key
+        for changes in ({}, dict(seed=1), dict(lr=.01), dict(method='pcl'), dict(train=80), dict(epochs=2))]
     assert len(set(keys)) == len(keys)

@@ -95,7 +95,8 @@ Storage = namedtuple('Storage', 'key size')
 def write_python2(o, path):
     "An object in the format of 2017, by `Python2`."
     with open(path, 'wb') as f:
-        for part in (0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes=dict(short=2, int=4, long=4)), o):
+        for part in (0x1950a86a20f9469cfc6c, 1001,
+            dict(protocol_version=1001, little_endian=True, type_sizes=dict(short=2, int=4, long=4)), o):
             p = Python2(f, 2); p.storages = {}; p.dump(part)
         keys = sorted(p.storages); pickle.dump(keys, f, 2)
         for k in keys: f.write(struct.pack('<q', p.storages[k].numel()) + p.storages[k].contiguous().numpy().tobytes())
@@ -110,7 +111,8 @@ def test_checkpoint_of_python_2_is_read(server):
     write_python2(checkpoint, path)
     raw = path.read_bytes().replace(b'numpy._core', b'numpy.core')
     path.write_bytes(raw)
-    assert all(s in raw for s in (b'ctorch.cuda\nFloatStorage', b'_rebuild_tensor\n', b'U\x06cuda:0', b'module.conv1.weight', b'numpy.core.multiarray\nscalar')) and b'X\x08\0\0\0' not in raw[:5000]
+    assert all(s in raw for s in (b'ctorch.cuda\nFloatStorage', b'_rebuild_tensor\n', b'U\x06cuda:0', b'module.conv1.weight',
+        b'numpy.core.multiarray\nscalar')) and b'X\x08\0\0\0' not in raw[:5000]
     vouch(cache, path)
     x = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(models.create_model('resnet18', 365, weights='places365').eval()(x), net(x))
@@ -151,7 +153,9 @@ def imagenet(served, arch, monkeypatch, change=lambda state: state):
 
 def test_imagenet_weights_fit_all_five(server, monkeypatch):
     "DenseNet's file has names of an older release."
-    def older(state): return {k.replace('.norm1.', '.norm.1.').replace('.norm2.', '.norm.2.').replace('.conv1.', '.conv.1.').replace('.conv2.', '.conv.2.') if 'denselayer' in k else k: v for k, v in state.items()}
+    def older(state):
+        return {k.replace('.norm1.', '.norm.1.').replace('.norm2.', '.norm.2.').replace('.conv1.', '.conv.1.').replace('.conv2.',
+            '.conv.2.') if 'denselayer' in k else k: v for k, v in state.items()}
     x = torch.randn(1, 3, 64, 64)
     for arch in models.ARCHS:
         net = imagenet(server[0], arch, monkeypatch, older if arch == 'densenet121' else lambda s: s)
@@ -178,7 +182,9 @@ class Evil:
     def __reduce__(self): return os.system, (f'touch {self.path}',)
 
 
-@pytest.mark.parametrize('make', [lambda o, f: torch.save(o, f), lambda o, f: torch.save(o, f, _use_new_zipfile_serialization=False), lambda o, f: f.write_bytes(pickle.dumps(o))], ids=['zip', 'legacy', 'pickle'])
+@pytest.mark.parametrize('make',
+    [lambda o, f: torch.save(o, f), lambda o, f: torch.save(o, f, _use_new_zipfile_serialization=False),
+        lambda o, f: f.write_bytes(pickle.dumps(o))], ids=['zip', 'legacy', 'pickle'])
 def test_code_in_a_file_is_not_run(server, tmp_path, make):
     "Even vouched for, a file that is more than weights is refused in one line."
     served, cache = server
@@ -214,14 +220,16 @@ def test_a_published_network_is_a_run_of_no_epochs(server, monkeypatch):
 def test_a_published_network_keeps_its_name(server):
     "What the recipe of a later version may add does not rename it, where the data lie neither."
     a, b = (training.recipe_for('public', data=f'folder:{d}', weights='imagenet') for d in ('here', 'there'))
-    assert a.key == b.key == core.digest({k: v for k, v in asdict(replace(a, data='')).items() if k not in training.LATER or k == 'weights'})
+    assert a.key == b.key == core.digest({k: v for k, v in asdict(replace(a, data='')).items() if k not in training.LATER
+        or k == 'weights'})
     assert a.key != replace(a, arch='resnet34').key != replace(a, weights='places365').key
 
 
 def test_public_weights_are_fine_tuned(server, monkeypatch):
     "Another head, the statistics of the weights, everything else as they are at the start."
     net = imagenet(server[0], 'resnet18', monkeypatch)
-    recipe = training.recipe_for('public', data='concept_scenes', train=16, val=16, weights='imagenet', size=32, epochs=1, batch=8, lr=1e-6, method='pcl', threads=1)
+    recipe = training.recipe_for('public', data='concept_scenes', train=16, val=16, weights='imagenet', size=32, epochs=1, batch=8, lr=1e-6,
+        method='pcl', threads=1)
     fitted = training.fit(recipe, progress=False)
     assert fitted.stats == models.PUBLIC['imagenet'].stats and fitted.model.num_classes == fitted.model.side_head.out_features == 16
     torch.testing.assert_close(fitted.model.net.layer1[0].conv1.weight.cpu(), net.layer1[0].conv1.weight, rtol=0, atol=1e-3)
@@ -241,7 +249,8 @@ def test_pcl_reproduce_plans_the_public_profile(tmp_path, capsys):
     given = ['--profile', 'public', '--only', 'fig5,fig6', '--dry-run']
     assert reproduce.main([*given, '--scenes', photos(tmp_path)]) == 0
     assert '12 networks' in capsys.readouterr().out
-    for argv, named in [(given, 'give scenes as folder:PATH'), ([*given, '--only', 'fig7', '--scenes', f'folder:{tmp_path}'], 'give figures 5 and 6')]:
+    for argv, named in [(given, 'give scenes as folder:PATH'),
+        ([*given, '--only', 'fig7', '--scenes', f'folder:{tmp_path}'], 'give figures 5 and 6')]:
         with pytest.raises(SystemExit): reproduce.main(argv)
         assert named in capsys.readouterr().err.splitlines()[-1]
 
@@ -260,4 +269,5 @@ def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'shufflenet_v2_x1_5: nobody publishes a network for scenes' in printed(tmp_path/'executed.ipynb')
     table = pd.read_csv(tmp_path/'figures'/'public'/'fig6.csv')
-    assert table.groupby('arch').network.unique().map(set).to_dict() == {'resnet18': {'init', 'objects', 'scenes'}, 'shufflenet_v2_x1_5': {'init', 'objects'}}
+    assert table.groupby('arch').network.unique().map(set).to_dict() == {'resnet18': {'init', 'objects', 'scenes'},
+        'shufflenet_v2_x1_5': {'init', 'objects'}}

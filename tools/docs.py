@@ -20,7 +20,8 @@ from sphinx.application import Sphinx
 from readme import DIRECTIVE, HIDDEN, ROOT, render
 
 SETTINGS = dict(
-    project='pcl_nb', html_title='pcl_nb', author='pcl_nb contributors', extensions=['myst_nb', 'sphinx_copybutton', 'docs'], html_theme='furo',
+    project='pcl_nb', html_title='pcl_nb', author='pcl_nb contributors', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],
+    html_theme='furo',
     nb_execution_mode='off', myst_enable_extensions=['dollarmath', 'amsmath'], myst_heading_anchors=4, html_math_renderer='mathml',
     html_show_copyright=False, html_copy_source=False, html_show_sourcelink=False, copybutton_exclude='.linenos, .gp, .go',
     suppress_warnings=['mystnb.unknown_mime_type', 'myst.header', 'toc.not_included'])
@@ -33,7 +34,8 @@ def documented(module) -> list:
         o = getattr(module, name)
         if not (inspect.isclass(o) or inspect.isfunction(o)): continue
         found.append((name, o))
-        if inspect.isclass(o): found += [(f'{name}.{n}', m) for n, m in vars(o).items() if inspect.isfunction(m) and not n.startswith('_') and m.__doc__]
+        if inspect.isclass(o):
+            found += [(f'{name}.{n}', m) for n, m in vars(o).items() if inspect.isfunction(m) and not n.startswith('_') and m.__doc__]
     return found
 
 
@@ -59,7 +61,9 @@ def page(path: Path, figures: list):
             if not cell.source.strip() or any(HIDDEN.match(d) for d in directives): continue
         cells.append(cell)
     if exports: cells.append(nbformat.v4.new_markdown_cell(api(importlib.import_module(f'pcl_nb.{exports}'))))
-    if figures: cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(['## Results', 'At profile `embedded`; [all of them](../figures/README.md).', *figures])))
+    if figures:
+        cells.append(nbformat.v4.new_markdown_cell(
+            '\n\n'.join(['## Results', 'At profile `embedded`; [all of them](../figures/README.md).', *figures])))
     nb.cells = cells
     return nb
 
@@ -69,7 +73,9 @@ def results(folder: Path) -> dict:
     found = {}
     for figure in yaml.safe_load((ROOT/'nbs'/'figures.yaml').read_text())['figures'].values():
         for name in figure['outputs']:
-            if (folder/f'{name}.png').exists(): found.setdefault(figure['experiment'], []).append(f"{figure['caption']}:\n\n![{figure['caption']}](../figures/{folder.name}/{name}.png)")
+            if (folder/f'{name}.png').exists():
+                found.setdefault(figure['experiment'],
+                    []).append(f"{figure['caption']}:\n\n![{figure['caption']}](../figures/{folder.name}/{name}.png)")
     return found
 
 
@@ -79,7 +85,9 @@ def toctree(caption: str, pages: list) -> str: return '\n'.join(['```{toctree}',
 def stage(src: Path):
     "The sources of the site."
     (src/'nbs').mkdir(parents=True)
-    shutil.copytree(ROOT/'figures', src/'figures', ignore=lambda d, names: [n for n in names if Path(d) != ROOT/'figures' and Path(n).suffix not in ('.png', '.csv', '.json', '.md', '.tex', '')] + ['smoke'])
+    shutil.copytree(ROOT/'figures', src/'figures',
+        ignore=lambda d, names: [n for n in names if Path(d) != ROOT/'figures'
+            and Path(n).suffix not in ('.png', '.csv', '.json', '.md', '.tex', '')] + ['smoke'])
     for table in src.glob('figures/*/*.md'): table.write_text(f'# {table.stem}\n\n{table.read_text()}')   # a page has a title
     shutil.copy(ROOT/'CONTRIBUTING.md', src); shutil.copy(ROOT/'LICENSE', src)
     notebooks = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb') if p.stem != 'index')
@@ -93,7 +101,9 @@ def stage(src: Path):
 def setup(app):
     "Formulas as MathML, which browsers draw themselves."
     def inline(self, node): self.body.append(convert(node.astext())); raise nodes.SkipNode
-    def block(self, node): self.body.append(f'<div style="overflow-x: auto; padding: .4em 0">{convert(node.astext(), display="block")}</div>'); raise nodes.SkipNode
+    def block(self, node):
+        self.body.append(f'<div style="overflow-x: auto; padding: .4em 0">{convert(node.astext(), display="block")}</div>')
+        raise nodes.SkipNode
     app.add_html_math_renderer('mathml', (inline, None), (block, None))
 
 
@@ -119,7 +129,8 @@ def broken(site: Path) -> list:
             target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
             if target.is_dir(): target /= 'index.html'
             anchor = unquote(parts.fragment)
-            if not target.exists() or anchor and target in pages and anchor not in pages[target].ids: lost.append((path.relative_to(site.resolve()).as_posix(), link))
+            if not target.exists() or anchor and target in pages and anchor not in pages[target].ids:
+                lost.append((path.relative_to(site.resolve()).as_posix(), link))
     return lost
 
 
@@ -138,7 +149,8 @@ def main(out: Path) -> int:
         shutil.move(site, out)       # a site that is there stays until the new one is complete
     lost = broken(out)
     for where, link in lost: print(f'{where}: {link} leads nowhere', file=sys.stderr)
-    print(f'{out}/index.html: {len(list(out.rglob("*.html")))} pages' + (f', {len(lost)} broken links' if lost else ', every link inside leads somewhere'))
+    print(f'{out}/index.html: {len(list(out.rglob("*.html")))} pages'
+        + (f', {len(lost)} broken links' if lost else ', every link inside leads somewhere'))
     return bool(lost or app.statuscode)
 
 
