@@ -357,13 +357,13 @@ def versions(
     return dict(python=platform.python_version(), machine=platform.machine(), **{n: version(n) for n in names})
 
 def hardware(
-) -> dict:  # processor, cores, memory_gb; gpu where there is one
+) -> dict:  # processor, cores, memory_gb, instructions (AVX512 ...); gpu where there is one
     "The machine, for results that are about speed."
     def first(path, key):
         with contextlib.suppress(OSError):
             return next((l.split(':', 1)[1].strip() for l in Path(path).read_text().splitlines() if l.startswith(key)), None)
     found = dict(processor=first('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), cores=cores(),
-        memory_gb=int((first('/proc/meminfo', 'MemTotal') or '0').split()[0])//2**20)
+        memory_gb=int((first('/proc/meminfo', 'MemTotal') or '0').split()[0])//2**20, instructions=torch.backends.cpu.get_cpu_capability())
     return dict(found, gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else found
 
 def revision(

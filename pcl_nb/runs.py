@@ -350,8 +350,8 @@ def accuracies(
         top1, top5 = (f.metrics[f'val_{k}'].iloc[-1] for k in ('top1', 'top5'))
         rows.append(dict(zip(columns, key), data=r.data.split('/')[-1], epochs=r.epochs, top1=top1, top5=top5,
             learned=r.epochs == 0 or top1 >= LEARNED/len(f.classes), train_seconds=round(f.seconds)))
-        if not rows[-1]['learned']:
-            print(f"{' '.join(map(str, key))}: top-1 {top1:.3f} is less than {LEARNED} times chance; no verdict rests on it (more epochs: -p epochs N)")
+    poor = [f"{' '.join(map(str, key))} {row['top1']:.3f}" for key, row in zip(recipes, rows) if not row['learned']]
+    if poor: print(f"no verdict rests on these, whose top-1 is less than {LEARNED} times chance (more epochs: -p epochs N): {', '.join(poor)}")
     return pd.DataFrame(rows)
 
 def settings_of(
