@@ -230,6 +230,17 @@ def verdict_matrix(
     wide.insert(0, 'says', says)
     return wide.rename(columns=TITLES).reset_index()
 
+def _how(folder, f, e, stems):
+    "The parameters that results were made with, as papermill takes them: which figure, architectures and images."
+    told = next((p for s in stems if (p := json.loads((folder/f'{s}.json').read_text()).get('parameters'))), {})
+    if any('{arch}' in o for o in f['outputs']): there = [s.removeprefix(o.format(arch='')) for o in f['outputs'] for s in stems]
+    else: there = set(pd.read_csv(folder/f'{stems[0]}.csv').get('arch', ()))
+    mine, name = [a for a in ARCHS if a in there], e.get('archs') or e.get('each')
+    given = {e['choose']: f['choose']} if 'choose' in e else {}
+    if name and mine: given[name] = ','.join(mine)
+    given |= {k: told[k] for k in ('scenes', 'objects') if k in told and not is_drawn(told[k])}
+    return ''.join(f' -p {k} {v}' for k, v in given.items())
+
 def entries(
     folder  # where results are
 ) -> list:  # dicts: id, caption, paper, command, pictures, tables
@@ -242,15 +253,22 @@ def entries(
         joint = [s for s in {o.split('_{arch}')[0] for o in f['outputs'] if '{arch}' in o} if (Path(folder)/f'{s}.png').exists()]
         pictures = joint or [s for s in stems if (Path(folder)/f'{s}.png').exists()]
         if not stems: continue
-        chosen = f" -p {e['choose']} {f['choose']}" if 'choose' in e else ''
+        command = f"papermill nbs/{f['experiment']}.ipynb out.ipynb{_how(Path(folder), f, e, stems)}"
         found.append(dict(id=name, caption=f['caption'], paper=f['paper'],
-            command=f"papermill nbs/{f['experiment']}.ipynb out.ipynb{chosen}", pictures=pictures,
+            command=command, pictures=pictures,
             tables=[s for s in stems if (Path(folder)/f'{s}.md').exists()], stems=stems))
     return found
 
 def _title(id):
     return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'choices': 'Open choices',
         'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
+
+def _ours(said, id):
+    "What was found about the claims of a figure: a row a claim and network."
+    about = said.figure.fillna('').str.split(r',\s*').apply(lambda f: ('relu_activity' if id == 'relu' else id) in f)
+    place = dict(arch=[*ARCHS, 'all'].index, claim=lambda c: int(c[1:]))
+    ours = said[about].sort_values(['claim', 'arch'], key=lambda column: column.map(place[column.name]))
+    return ours.assign(network=ours.arch.map(lambda a: TITLES.get(a, a)))[['claim', 'network', 'evidence', 'verdict']]
 
 def gallery(
     folders:dict  # profile -> where its results are
@@ -264,12 +282,9 @@ def gallery(
         text += [f'## Profile `{profile}`', '', *_markdown(verdict_matrix(said)), '']
         for e in there:
             text += [f"### {_title(e['id'])}: {e['caption'][0].lower() + e['caption'][1:] if e['caption'].split()[0][1:].islower() else e['caption']}", '', f"`{e['command']} -p profile {profile}`", '', f"The paper: {e['paper']}", '']
-            id = 'relu_activity' if e['id'] == 'relu' else e['id']
-            ours = said[said.figure.fillna('').str.split(r',\s*').apply(lambda f: id in f)]
-            if len(ours):
-                text += ['Ours: ' + '; '.join(f"{c} " + ', '.join(f"{TITLES.get(r.arch, 'all')} {r.verdict}" for r in t.itertuples())
-                    for c, t in ours.groupby('claim', sort=False)) + '.', '']
             for p in e['pictures']: text += [f"![{e['caption']}]({Path(folder).name}/{p}.png)", '']
+            ours = _ours(said, e['id'])
+            if len(ours): text += ['Ours:', '', *_markdown(ours), '']
             for t in e['tables']: text += [(Path(folder)/f'{t}.md').read_text().rstrip(), '']
     return '\n'.join(text).rstrip() + '\n'
 
@@ -316,6 +331,8 @@ def report(
         tables = ''.join(f'<details><summary>{escape(s)}.csv</summary><div class="wide">{_html_table(t)}</div></details>'
             for s, t in found.items() if len(t) <= 60)
         notebook = Path(executed or '')/f"{e['command'].split('nbs/')[1].split('.')[0]}.ipynb"
+        ours = _ours(said, e['id'])
+        if len(ours): tables = f'<div class="wide">{_html_table(ours)}</div>{tables}'
         link = f' <a href="{escape(os.path.relpath(notebook, folder))}">executed notebook</a>' if executed and notebook.exists() else ''
         parts.append(f'<h2 id="{e["id"]}">{_title(e["id"])}: {escape(e["caption"])}</h2><p class="paper">The paper: {escape(e["paper"])}</p>{pictures}{tables}<p><code>{escape(e["command"])} -p profile {profile}</code>{link}</p>')
     counts = [f'{n} {v}' for v, n in said.verdict.value_counts().items() if v in ('supported', 'contradicted', 'inconclusive')]
