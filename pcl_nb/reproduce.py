@@ -297,7 +297,7 @@ _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }}
 h1, h2, h3 {{ line-height: 1.2; }} h2 {{ margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }}
 img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; padding: 6px; box-sizing: border-box; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .85rem; }} th, td {{ padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .85rem; }} th, td {{ padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }} td.long {{ min-width: 18rem; }}
 th {{ cursor: pointer; user-select: none; white-space: nowrap; }} th:hover {{ background: var(--soft); }}
 .supported {{ color: var(--good); font-weight: 600; }} .contradicted {{ color: var(--bad); font-weight: 600; }} .inconclusive {{ opacity: .65; }}
 code {{ background: var(--soft); padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }} .paper {{ border-left: 3px solid var(--line); padding-left: .8rem; margin-left: 0; }} details {{ margin: .5rem 0; }}
@@ -314,7 +314,8 @@ for (const th of document.querySelectorAll('th')) th.onclick = () => {{
 def _html_table(table):
     def cell(v):
         text = escape('' if pd.isna(v) else f'{v:.4g}' if isinstance(v, float) else str(v))
-        return f'<td class="{text}">{text}</td>' if text in ('supported', 'contradicted', 'inconclusive') else f'<td>{text}</td>'
+        kind = text if text in ('supported', 'contradicted', 'inconclusive') else 'long' if len(text) > 60 else ''
+        return f'<td class="{kind}">{text}</td>' if kind else f'<td>{text}</td>'
     return (f"<table><thead><tr>{''.join(f'<th>{escape(str(c))}</th>' for c in table.columns)}</tr></thead><tbody>"
         + ''.join(f"<tr>{''.join(map(cell, r))}</tr>" for r in table.itertuples(index=False)) + '</tbody></table>')
 
