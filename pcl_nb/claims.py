@@ -87,12 +87,13 @@ def judge(
     claims_of,                  # (arch) -> id -> (what is claimed, parts, figure)
     margin:float=MARGIN
 ) -> pd.DataFrame:  # a row a claim and architecture: arch, claim, says, evidence, verdict, figure
-    "Claims that are made of comparisons, for every architecture of the table."
+    "Claims that are made of comparisons, for every architecture of the table; those of which nothing was measured are left out."
     found = {(r.arch, r.a, r.b, r.stage): r for r in comparisons.itertuples()}
     rows = []
     for arch in dict.fromkeys(comparisons.arch):
         for claim, (says, parts, figure) in claims_of(arch).items():
             seen = [(p, found.get((arch, p.a, p.b, p.stage))) for p in parts]
+            if not any(r for _, r in seen): continue
             evidence = '; '.join(f'{p.a} - {p.b} at {p.stage}: {_numbers(r)}' for p, r in seen)
             parts_say = [verdict(r.low, r.high, p.sign, margin) if r and getattr(r, 'learned', True) else 'inconclusive' for p, r in seen]
             rows.append(dict(arch=arch, claim=claim, says=says, evidence=evidence, verdict=joint_verdict(parts_say), figure=figure))
