@@ -358,7 +358,7 @@ def versions(
 
 def hardware(
 ) -> dict:  # processor, cores, memory_gb, instructions (AVX512 ...); gpu where there is one
-    "The machine, for results that are about speed."
+    "The machine: it decides about speed, and about the last digits."
     def first(path, key):
         with contextlib.suppress(OSError):
             return next((l.split(':', 1)[1].strip() for l in Path(path).read_text().splitlines() if l.startswith(key)), None)
@@ -389,7 +389,7 @@ def save_result(
         figure.savefig(picture, format='png', dpi=150, bbox_inches='tight', metadata={'Software': None})
         write_atomic(folder/f'{name}.png', picture.getvalue())
     write_atomic(folder/f'{name}.csv', table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
-    about = dict(provenance, name=name, versions=versions(), revision=revision())
+    about = dict(dict(provenance, hardware=hardware()), name=name, versions=versions(), revision=revision())
     write_atomic(folder/f'{name}.json', (to_json(about, indent=1) + '\n').encode())
 
 # %% ../nbs/00_core.ipynb #343f7824
