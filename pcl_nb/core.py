@@ -64,6 +64,7 @@ def root(
     return found[0] if found else Path.cwd()
 
 def _place(variable, name):
+    "The folder that an environment variable names, or else one of the project's."
     given = os.environ.get(variable)
     require(not given or not os.path.isfile(given), f'${variable} {brief(given)} is a file; give a folder')
     return Path(given or root()/name)
@@ -440,17 +441,19 @@ def with_earlier(
 ):  # DataFrame, sorted by `key`; where the earlier rows come from, for the JSON's `others`
     "The rows obtained now, and those of the earlier result that are about something else."
     import pandas as pd
+    if not len(table): return table, []
     key, path, others = key.split(), Path(folder)/f'{name}.json', []
     def about(t): return t[key].astype(str).agg(' '.join, axis=1)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
         source, old = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
+        same = source.pop('settings') == json.loads(to_json(settings)) and set(key) <= set(old)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError): same = False      # none there, or not one of ours
+    if same:
         names = about(old)
-        if source.pop('settings') == json.loads(to_json(settings)) and len(table):
-            kept = dict.fromkeys(names[~names.isin(set(about(table)))])
-            before = source.pop('others', [])
-            own = dict(source, rows=[k for k in kept if not any(k in s['rows'] for s in before)])
-            others = [s for s in (dict(s, rows=[k for k in s['rows'] if k in kept]) for s in (*before, own)) if s['rows']]
-            table = pd.concat([table, old[names.isin(kept)]], ignore_index=True)
+        kept = dict.fromkeys(names[~names.isin(set(about(table)))])
+        before = source.pop('others', [])
+        own = dict(source, rows=[k for k in kept if not any(k in s['rows'] for s in before)])
+        others = [s for s in (dict(s, rows=[k for k in s['rows'] if k in kept]) for s in (*before, own)) if s['rows']]
+        table = pd.concat([table, old[names.isin(kept)]], ignore_index=True)
     places = {c: {v: i for i, v in enumerate(values)} for c, values in orders.items()}
-    return (table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True) if len(table)
-        else table, others)
+    return table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True), others
