@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'CHECKS', 'AS_PUBLISHED', 'trained', 'is_trained', 'image_cost',
-           'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'train_all', 'stored', 'val_images', 'random_batches',
-           'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
+           'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'Pace', 'train_all', 'stored', 'val_images',
+           'random_batches', 'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings
@@ -167,6 +167,20 @@ def _anywhere(recipe):
     kind, where = parse_name(recipe.data)
     return recipe if kind == 'concept' else replace(recipe, data=f'{kind}:{os.path.abspath(where)}')
 
+# %% ../nbs/07_runs.ipynb #0f09fe42
+class Pace:
+    "How long the rest will take, at the pace since what is done began to grow."
+    def __init__(self): self.since = None
+
+    def __call__(self,
+        now:float,         # seconds
+        share:float,       # done, in [0,1]
+        least:float=.005   # growth from which there is a pace to speak of
+    ):  # seconds; None: too early to say
+        if self.since is None or share <= self.since[1]: self.since = now, share     # while it loads, and from where it was resumed
+        start, had = self.since
+        return (now - start)*(1 - share)/(share - had) if share - had >= least else None
+
 # %% ../nbs/07_runs.ipynb #b3794cd5
 LIVES = 3       # workers that may die one after the other before a run is finished
 
@@ -189,20 +203,20 @@ def train_all(
     if here: workers = min(workers or (1 if torch.cuda.is_available() else cores()), len(todo))
     bar = Progress(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%',
         disable=not progress, mininterval=1, maxinterval=5,
-        bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}')
-    stop, failed, deaths = threading.Event(), {}, 0
+        bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}')
+    stop, failed, deaths, shares, left = threading.Event(), {}, 0, dict.fromkeys(todo, 0.), Pace()
 
     def watch():
         while not stop.wait(2):
-            part = 0
             for k, folder in folders.items():
-                if (folder/'run.json').exists(): part += costs[k]/total; continue
-                with contextlib.suppress(OSError, ValueError):
-                    done, images = map(int, (folder/'progress').read_text().split())
-                    part += costs[k]/total*done/max(images, 1)
+                with contextlib.suppress(OSError, ValueError):                 # none yet, or half written: as before
+                    done, images = (1, 1) if (folder/'run.json').exists() else map(int, (folder/'progress').read_text().split())
+                    shares[k] = done/max(images, 1)
+            part = sum(costs[k]*share for k, share in shares.items())/total
+            seconds = left(time.monotonic(), part)
             bar.n = 100*part
-            bar.set_postfix_str(f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done'
-                + f', {len(failed)} failed'*bool(failed))
+            bar.set_postfix_str(f"{'?' if seconds is None else bar.format_interval(seconds)} left, "
+                f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done' + f', {len(failed)} failed'*bool(failed))
     thread = threading.Thread(target=watch, daemon=True); thread.start()
     try:
         with pool(workers) if here else _dask(engine, workers) as (at_once, Died):
