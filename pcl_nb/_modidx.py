@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                'pcl_nb.claims.judge_repeats': ('claims.html#judge_repeats', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.judge_shrinking': ('claims.html#judge_shrinking', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.judge_target': ('claims.html#judge_target', 'pcl_nb/claims.py'),
+                               'pcl_nb.claims.over_runs': ('claims.html#over_runs', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.relative': ('claims.html#relative', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.share_interval': ('claims.html#share_interval', 'pcl_nb/claims.py'),
                                'pcl_nb.claims.t_interval': ('claims.html#t_interval', 'pcl_nb/claims.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'ENLARGED_BY_S4', 'MOST', 'CHANGE', 'Part', 'verdict', 'joint_verdict', 'erf_claims_of', 'erf_pairs',
-           'judge', 'in_order', 'to_read', 'judge_erf', 'focus_claims_of', 'relative', 'draws', 't_interval',
-           'difference_interval', 'judge_repeats', 'judge_gains', 'judge_target', 'share_interval', 'judge_images',
-           'activity_claims_of', 'judge_shrinking']
+           'judge', 'in_order', 'to_read', 'judge_erf', 't_interval', 'over_runs', 'focus_claims_of', 'relative',
+           'draws', 'difference_interval', 'judge_repeats', 'judge_gains', 'judge_target', 'share_interval',
+           'judge_images', 'activity_claims_of', 'judge_shrinking']
 
 # %% ../nbs/11_claims.ipynb #8db7f0ee
 import math
@@ -80,10 +80,11 @@ def _numbers(row):
     "A comparison in words."
     if row is None: return 'not measured'
     return (f'{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]'
+        + (f', {row.runs} runs' if getattr(row, 'runs', 1) > 1 else '')
         + ('' if getattr(row, 'learned', True) else ' (a network that has learned nothing)'))
 
 def judge(
-    comparisons:pd.DataFrame,   # arch, a, b, stage, difference, low, high: relative differences; learned (optional): both networks have
+    comparisons:pd.DataFrame,   # arch, a, b, stage, difference, low, high: relative differences; optional: runs of each network, learned: all have
     claims_of,                  # (arch) -> id -> (what is claimed, parts, figure)
     margin:float=MARGIN
 ) -> pd.DataFrame:  # a row a claim and architecture: arch, claim, says, evidence, verdict, figure
@@ -123,6 +124,27 @@ def judge_erf(
         for arch in dict.fromkeys(comparisons.arch)]
     return in_order(pd.concat([judge(comparisons, erf_claims_of, margin), pd.DataFrame(about)], ignore_index=True))
 
+# %% ../nbs/11_claims.ipynb #7bae86ae
+def t_interval(
+    values,            # one number a run, 2 or more
+    level:float=.95
+) -> tuple:  # mean, low, high
+    "Student's interval of a mean over runs."
+    v = np.asarray(values, float)
+    if len(v) < 2: return float(v.mean()), -math.inf, math.inf
+    half = stats.t.ppf((1 + level)/2, len(v) - 1)*v.std(ddof=1)/len(v)**.5
+    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
+
+def over_runs(
+    values,      # (S,) one number a run
+    low:float,   # interval of their mean over images
+    high:float
+) -> tuple:  # mean, low, high
+    "The mean over runs, and its interval over images and runs; over images alone if there is one run."
+    mean, start, end = t_interval(values)
+    if len(values) < 2: return mean, low, high
+    return mean, mean - math.hypot(max(mean - low, 0), mean - start), mean + math.hypot(max(high - mean, 0), end - mean)
+
 # %% ../nbs/11_claims.ipynb #9bde9eb1
 def focus_claims_of(
     arch:str  # name of the architecture
@@ -137,17 +159,18 @@ def focus_claims_of(
     }
 
 def relative(
-    a:np.ndarray,            # (N,) a quantity of each image under one network
-    b:np.ndarray,            # (N,) under the other, same images
+    a:np.ndarray,            # (N,) a quantity of each image under one network; (S,N) of S runs of it
+    b:np.ndarray,            # the same under the other, same images
     replicates:np.ndarray    # (R,N) how often each image is drawn
 ) -> dict:  # difference, low, high
-    "Difference of two means relative to the second, with its 95 % interval over images."
+    "Difference of two means relative to the second, with its 95 % interval over images and, if there are several, runs."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    require(a.shape == b.shape and len(a), f'{a.shape} and {b.shape} values are not of the same images')
-    if not b.sum(): return dict(difference=float('nan'), low=-math.inf, high=math.inf)
-    drawn = (replicates @ a)/np.maximum(replicates @ b, 1e-12) - 1
-    low, high = np.quantile(drawn, [.025, .975])
-    return dict(difference=a.mean()/b.mean() - 1, low=low, high=high)
+    require(a.shape == b.shape and a.size, f'{a.shape} and {b.shape} values are not of the same images')
+    a, b = np.atleast_2d(a, b)
+    if not b.sum(1).all(): return dict(difference=float('nan'), low=-math.inf, high=math.inf)
+    drawn = np.mean([(replicates @ x)/np.maximum(replicates @ y, 1e-12) - 1 for x, y in zip(a, b)], 0)
+    runs = [x.mean()/y.mean() - 1 for x, y in zip(a, b)]
+    return dict(zip(('difference', 'low', 'high'), over_runs(runs, *np.quantile(drawn, [.025, .975]))))
 
 def draws(
     n:int,           # images
@@ -159,16 +182,6 @@ def draws(
     return np.stack([np.bincount(g.integers(n, size=n), minlength=n) for _ in range(replicates)]).astype(float)
 
 # %% ../nbs/11_claims.ipynb #9031a23b
-def t_interval(
-    values,            # one number a run, 2 or more
-    level:float=.95
-) -> tuple:  # mean, low, high
-    "Student's interval of a mean over runs."
-    v = np.asarray(values, float)
-    if len(v) < 2: return float(v.mean()), -math.inf, math.inf
-    half = stats.t.ppf((1 + level)/2, len(v) - 1)*v.std(ddof=1)/len(v)**.5
-    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
-
 def difference_interval(
     a, b,              # one number a run each
     level:float=.95

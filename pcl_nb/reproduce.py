@@ -371,7 +371,8 @@ def _parser():
     p.add_argument('--objects',
         help='object data: concept_objects, imagenet or folder:PATH (default: concept_objects; at profile paper imagenet)')
     p.add_argument('--archs', default='', metavar='ARCH,...', help="architectures (default: the paper's for each figure)")
-    p.add_argument('--seeds', type=int, help='repeats, where the paper repeats (default: 3)')
+    p.add_argument('--seeds', type=int, help='runs, where the paper repeats (default: 3)')
+    p.add_argument('--repeats', type=int, help='runs of each network in Figures 2, 3 and 5 to 9, where the paper has one (default: 1)')
     p.add_argument('--seed', type=int, help='the first seed (default: 0)')
     p.add_argument('--epochs', type=int, help="of training (default: the profile's)")
     p.add_argument('--workers', type=int, default=0,
@@ -408,7 +409,7 @@ def main(
         folders = [d for d in (a.scenes, a.objects) if d and not is_drawn(d)]
         profile = 'photos' if a.profile == 'embedded' and folders else a.profile
         jobs = plan(listed(a.only), profile, listed(a.archs), a.reduced, scenes=a.scenes, objects=a.objects, seed=a.seed, seeds=a.seeds,
-            epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
+            repeats=a.repeats, epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
         folder, unit = resolve(a.out) if a.out else figures_dir(profile), 'GPU' if profile == 'paper' else 'core'
         with published_sizes() if a.dry_run else contextlib.nullcontext():
             table = estimate({r.key: r for j in jobs for r in recipes_of(j).values()}.values(), unit, a.tflops)

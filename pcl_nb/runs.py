@@ -298,7 +298,7 @@ CHECKS = dict(
     objects=lambda name: check_data(name, trains=False),
     images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)),
     bootstrap=or_profile(integer(2, 10_000)),
-    scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), workers=integer(0), device=text, out=out_folder)
+    scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), repeats=integer(1, 100), workers=integer(0), device=text, out=out_folder)
 
 def checks(
     names:str  # of common parameters, separated by blanks

@@ -96,6 +96,20 @@ def test_one_figure_again_keeps_the_tables_whole(smoke):
     assert read(smoke, 'erf_sizes_resnet18')[1]['others']
 
 
+def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
+    "With repeats the figure is that of the first run; sizes are means over the runs, and the JSON names all of them."
+    results = tmp_path/'figures'/'smoke'
+    shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
+    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='9', repeats=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (results/'fig9_resnet18.csv').read_bytes() == (smoke.results/'fig9_resnet18.csv').read_bytes()
+    assert set(json.loads((results/'fig9_resnet18.json').read_text())['runs']) == {'scenes', 'scenes 1', 'pcl_s4', 'pcl_s4 1'}
+    one, two = (pd.read_csv(f/'erf_comparisons_resnet18.csv').set_index(['a', 'b', 'stage']) for f in (smoke.results, results))
+    assert one.runs.eq(1).all() and two.runs[two.runs == 2].index.tolist() == [('pcl_s4', 'scenes', 'stage4')]
+    same = two.index[two.runs == 1]
+    assert one.loc[same].equals(two.loc[same])
+
+
 def test_more_architectures_join_the_figure(smoke, tmp_path):
     "Two more, with the same settings: each has its figure, and all three share one."
     results = tmp_path/'figures'/'smoke'

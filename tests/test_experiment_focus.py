@@ -1,5 +1,6 @@
 """The experiments on the focus area as a user runs them: Figures 1 to 4 and Table 1 at the smallest profile."""
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +89,19 @@ def test_part_run_again_keeps_the_rest(smoke):
         'resnet18 pcl'] and all({'runs', 'revision', 'versions'} <= set(s) for s in others)
 
 
+def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
+    "With repeats there are several runs of each network, intervals can only grow, and rows of other architectures stay those of one run."
+    results = tmp_path/'figures'/'smoke'
+    shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
+    done = papermill(NBS/'focus_area.ipynb', tmp_path, profile='smoke', archs='shufflenet_v2_x1_5', figure='2', seeds=2, repeats=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figure, table = (pd.read_csv(results/f'{name}.csv') for name in ('fig2', 'focus_comparisons'))
+    assert figure.groupby('arch').seed.nunique().to_dict() == {'resnet18': 1, 'shufflenet_v2_x1_5': 2}
+    assert table[table.arch == 'resnet18'].runs.eq(1).all() and table[table.arch == 'shufflenet_v2_x1_5'].runs.eq(2).all()
+    claims = pd.read_csv(results/'focus_claims.csv').set_index(['arch', 'claim'])
+    assert '2 runs' in claims.evidence['shufflenet_v2_x1_5', 'C3'] and 'runs' not in claims.evidence['resnet18', 'C3']
+
+
 def test_another_architecture_joins_the_table(smoke):
     "Table 1 of a second architecture keeps the rows of the first."
     before, _ = read(smoke, 'table1')
@@ -125,6 +139,7 @@ def test_defaults_are_valid(name):
     ('focus_area', 'tau', True, 'is not a number from 0 to 1'),
     ('focus_area', 'stage', 'stage5', 'valid: stage4'),
     ('focus_area', 'seeds', 0, 'is not a whole number from 1 to 100'),
+    ('focus_area', 'repeats', 0, 'is not a whole number from 1 to 100'),
     ('focus_area', 'bins', 1, 'is not a whole number from 2 to 1000'),
     ('focus_area', 'objects', 'folder:nowhere', 'give folder:PATH'),
     ('focus_area', 'pcl', 'tau=2', 'a number from 0 to 1'),
