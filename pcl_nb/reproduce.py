@@ -239,6 +239,7 @@ def _how(folder, f, e, stems):
     given = {e['choose']: f['choose']} if 'choose' in e else {}
     if name and mine: given[name] = ','.join(mine)
     given |= {k: told[k] for k in ('scenes', 'objects') if k in told and not is_drawn(told[k])}
+    if told.get('repeats', 1) > 1: given['repeats'] = told['repeats']
     return ''.join(f' -p {k} {v}' for k, v in given.items())
 
 def entries(
