@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_DATA', 'TFLOPS', 'manifest', 'Job', 'plan', 'notebook_path', 'recipes_of', 'missing_outputs', 'run_notebook',
-           'up_to_date', 'reproduce', 'verdicts', 'verdict_matrix', 'entries', 'gallery', 'report', 'estimate', 'main']
+           'up_to_date', 'reproduce', 'judged', 'verdicts', 'verdict_matrix', 'entries', 'gallery', 'report',
+           'estimate', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #78b570da
 import argparse, ast, base64, contextlib, hashlib, io, json, math, os, sys, time
@@ -20,7 +21,7 @@ import papermill
 import torch
 import yaml
 
-from .claims import in_order
+from .claims import judge_tables
 from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
 from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
@@ -207,16 +208,21 @@ def reproduce(
 def _numbered(i, *args): return i, run_notebook(*args)
 
 # %% ../nbs/12_reproduce.ipynb #aa125863
+def judged(
+    folder  # where results are
+) -> list:  # paths of CSVs
+    "The tables that verdicts rest on."
+    names = 'erf_comparisons_', 'focus_comparisons', 'focus_coverage', 'fig4_claims_', 'table1', 'relu_comparisons'
+    return [p for p in sorted(Path(folder).glob('*.csv')) if p.stem.startswith(names) and p.stem != 'table1_claims']
+
 def verdicts(
     folder  # where results are
-) -> pd.DataFrame:  # arch, claim, says, evidence, verdict, figure
-    "All verdicts that were stored; of a claim that two experiments judge, the one that asks more networks."
-    order = 'erf', 'focus', 'fig4', 'table1', 'relu', 'joint'
-    files = sorted(Path(folder).glob('*_claims*.csv'),
-        key=lambda p: (order.index(p.stem.split('_')[0]), p.stem) if p.stem.split('_')[0] in order else (-1, p.stem))
-    if not files: return pd.DataFrame(columns=['arch', 'claim', 'says', 'evidence', 'verdict', 'figure'])
-    found = pd.concat([pd.read_csv(f) for f in files], ignore_index=True)[['arch', 'claim', 'says', 'evidence', 'verdict', 'figure']]
-    return in_order(found.query("verdict != 'compares architectures'").drop_duplicates(['arch', 'claim'], keep='last'))
+) -> pd.DataFrame:  # arch, claim, says, evidence, verdict, takes, figure
+    "All claims by what the tables of a folder say."
+    def table(path):
+        try: return pd.read_csv(path)
+        except (OSError, ValueError) as e: raise InputError(f'{path.name} cannot be read: {e}; run what wrote it again') from None
+    return judge_tables({p.stem: table(p) for p in judged(folder)})
 
 def verdict_matrix(
     found:pd.DataFrame  # from `verdicts`
@@ -269,7 +275,7 @@ def _ours(said, id):
     about = said.figure.fillna('').str.split(r',\s*').apply(lambda f: ('relu_activity' if id == 'relu' else id) in f)
     place = dict(arch=[*ARCHS, 'all'].index, claim=lambda c: int(c[1:]))
     ours = said[about].sort_values(['claim', 'arch'], key=lambda column: column.map(place[column.name]))
-    return ours.assign(network=ours.arch.map(lambda a: TITLES.get(a, a)))[['claim', 'network', 'evidence', 'verdict']]
+    return ours.assign(network=ours.arch.map(lambda a: TITLES.get(a, a)))[['claim', 'network', 'evidence', 'verdict', 'takes']].rename(columns={'takes': 'to decide it'})
 
 def gallery(
     folders:dict  # profile -> where its results are
@@ -340,7 +346,7 @@ def report(
     counts = [f'{n} {v}' for v, n in said.verdict.value_counts().items() if v in ('supported', 'contradicted', 'inconclusive')]
     about = f"{len(parts)} figures and tables; {', '.join(counts)}." if len(said) else 'No verdicts yet.'
     return _PAGE.format(profile=escape(profile), about=about, matrix=_html_table(verdict_matrix(said)),
-        evidence=_html_table(said[['claim', 'arch', 'evidence', 'verdict']]), figures=''.join(parts))
+        evidence=_html_table(said[['claim', 'arch', 'evidence', 'verdict', 'takes']].rename(columns={'takes': 'to decide it'})), figures=''.join(parts))
 
 # %% ../nbs/12_reproduce.ipynb #c4ef11be
 TFLOPS = {'core': .35, 'GPU': 40.}

@@ -35,6 +35,8 @@ def read(smoke, name):
 def test_result_has_finite_numbers_and_provenance(smoke, name):
     "Numbers are finite, and the JSON says by which settings, runs, versions and revision they came about."
     table, about = read(smoke, f'{name}_resnet18')
+    if name == 'erf_claims':
+        assert table.pop('takes').notna().eq(table.verdict == 'inconclusive').all()      # what would decide it, where it is not decided
     assert len(table) and np.isfinite(table.select_dtypes('number')).all(axis=None) and table.notna().all(axis=None)
     assert {'settings', 'parameters', 'runs', 'versions', 'revision', 'seconds'} <= set(about)
     assert 'resnet18' in about['parameters']['arch'] and about['parameters']['profile'] == 'smoke'
