@@ -21,7 +21,7 @@ import papermill
 import torch
 import yaml
 
-from .claims import judge_tables
+from .claims import TABLES, judge_tables
 from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
 from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
@@ -212,8 +212,7 @@ def judged(
     folder  # where results are
 ) -> list:  # paths of CSVs
     "The tables that verdicts rest on."
-    names = 'erf_comparisons_', 'focus_comparisons', 'focus_coverage', 'fig4_claims_', 'table1', 'relu_comparisons'
-    return [p for p in sorted(Path(folder).glob('*.csv')) if p.stem.startswith(names) and p.stem != 'table1_claims']
+    return [p for p in sorted(Path(folder).glob('*.csv')) if p.stem.startswith(TABLES) and p.stem != 'table1_claims']
 
 def verdicts(
     folder  # where results are
@@ -372,7 +371,7 @@ def _parser():
         epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
-    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few repeats')
+    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few runs')
     p.add_argument('--scenes',
         help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
     p.add_argument('--objects',
@@ -429,15 +428,15 @@ def main(
                 print(f"  run    {j.notebook:20} {' '.join(j.figures)}  " + ' '.join(f'-p {k} {v}' for k, v in j.parameters.items()))
             return 0
         table = reproduce(jobs, folder, a.workers, a.device, not a.quiet, a.engine)
+        print(table.to_string(index=False))
+        if a.html:
+            write_atomic(Path(folder)/'report.html', report(folder, profile, runs_dir()/'executed').encode())
+            print(Path(folder)/'report.html')
     except InputError as e: parser.error(str(e))
     except OSError as e:
         print(f'error: {e.filename or folder}: {e.strerror or e}; the same command goes on where this one was', file=sys.stderr)
         return 1
     except KeyboardInterrupt: print('interrupted; the same command goes on where this one was', file=sys.stderr); return 130
-    print(table.to_string(index=False))
-    if a.html:
-        write_atomic(Path(folder)/'report.html', report(folder, profile, runs_dir()/'executed').encode())
-        print(Path(folder)/'report.html')
     return 0 if table.state.isin(['done', 'up to date']).all() else 1
 
 # %% ../nbs/12_reproduce.ipynb #a37be88e

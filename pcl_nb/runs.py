@@ -175,11 +175,13 @@ class Pace:
     def __call__(self,
         now:float,         # seconds
         share:float,       # done, in [0,1]
+        had:float=0.,      # of it, what was done before: checkpoints that runs go on from
         least:float=.005   # growth from which there is a pace to speak of
     ):  # seconds; None: too early to say
-        if self.since is None or share <= self.since[1]: self.since = now, share     # while it loads, and from where it was resumed
-        start, had = self.since
-        return (now - start)*(1 - share)/(share - had) if share - had >= least else None
+        done = share - had
+        if self.since is None or done <= self.since[1]: self.since = now, done       # while it loads
+        start, before = self.since
+        return (now - start)*(1 - share)/(done - before) if done - before >= least else None
 
 # %% ../nbs/07_runs.ipynb #b3794cd5
 LIVES = 3       # workers that may die one after the other before a run is finished
@@ -204,7 +206,7 @@ def train_all(
     bar = Progress(total=100, desc=f'training {len(todo)} runs, ' + (f'{workers} at a time' if here else engine), unit='%',
         disable=not progress, mininterval=1, maxinterval=5,
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}')
-    stop, failed, deaths, shares, left = threading.Event(), {}, 0, dict.fromkeys(todo, 0.), Pace()
+    stop, failed, deaths, shares, had, left = threading.Event(), {}, 0, dict.fromkeys(todo, 0.), {}, Pace()
 
     def watch():
         while not stop.wait(2):
@@ -212,8 +214,10 @@ def train_all(
                 with contextlib.suppress(OSError, ValueError):                 # none yet, or half written: as before
                     done, images = (1, 1) if (folder/'run.json').exists() else map(int, (folder/'progress').read_text().split())
                     shares[k] = done/max(images, 1)
-            part = sum(costs[k]*share for k, share in shares.items())/total
-            seconds = left(time.monotonic(), part)
+                    had.setdefault(k, shares[k] if shares[k] < 1 else 0)       # where it went on from
+                if k in failed: shares[k] = 1                                  # nothing more to come
+            part, before = (sum(costs[k]*share for k, share in of.items())/total for of in (shares, had))
+            seconds = left(time.monotonic(), part, before)
             bar.n = 100*part
             bar.set_postfix_str(f"{'?' if seconds is None else bar.format_interval(seconds)} left, "
                 f'{sum((f/"run.json").exists() for f in folders.values())}/{len(folders)} done' + f', {len(failed)} failed'*bool(failed))
@@ -320,6 +324,7 @@ def settle(
     for name in data: check_data(name, trains=not public)
     for name in ('images', 'size', 'bootstrap'):
         if P.get(name) == -1: P[name] = getattr(sizes, name)
+    if data and all(map(is_drawn, data)) and is_whole(P.get('images')): sizes = replace(sizes, val=max(sizes.val, P['images']))       # drawn ones have no end
     if 'archs' in P: P['archs'] = sorted(set(P['archs']), key=ARCHS.index)
     folder, device = resolve(P['out']) if P['out'] else figures_dir(P['profile']), usable_device(P['device'])
     for name in data:          # an image that cannot be read should say so now, not after an hour

@@ -90,7 +90,7 @@ def test_part_run_again_keeps_the_rest(smoke):
 
 
 def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
-    "With repeats there are several runs of each network, intervals can only grow, and rows of other architectures stay those of one run."
+    "With repeats there are several runs of each network, and rows of other architectures stay those of one run."
     results = tmp_path/'figures'/'smoke'
     shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NBS/'focus_area.ipynb', tmp_path, profile='smoke', archs='shufflenet_v2_x1_5', figure='2', seeds=2, repeats=2)
