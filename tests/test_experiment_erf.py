@@ -109,7 +109,7 @@ def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
     one, two = (pd.read_csv(f/'erf_comparisons_resnet18.csv').set_index(['a', 'b', 'stage']) for f in (smoke.results, results))
     assert one.runs.eq(1).all() and two.runs[two.runs == 2].index.tolist() == [('pcl_s4', 'scenes', 'stage4')]
     same = two.index[two.runs == 1]
-    assert one.loc[same].equals(two.loc[same])
+    pd.testing.assert_frame_equal(one.loc[same], two.loc[same], check_dtype=False)
 
 
 def test_more_architectures_join_the_figure(smoke, tmp_path):
