@@ -437,7 +437,8 @@ def with_earlier(
     table,           # DataFrame of what was obtained now
     key:str,         # columns that say what a row is about: 'arch network'
     settings:dict,   # what has to be the same: compared with `settings` in the JSON
-    orders={}        # column -> its values in order, for the columns of `key`; else sorted
+    orders={},       # column -> its values in order, for the columns of `key`; else sorted
+    lacking={}       # column -> what stands for it in earlier rows, from before it was there
 ):  # DataFrame, sorted by `key`; where the earlier rows come from, for the JSON's `others`
     "The rows obtained now, and those of the earlier result that are about something else."
     import pandas as pd
@@ -454,6 +455,7 @@ def with_earlier(
         before = source.pop('others', [])
         own = dict(source, rows=[k for k in kept if not any(k in s['rows'] for s in before)])
         others = [s for s in (dict(s, rows=[k for k in s['rows'] if k in kept]) for s in (*before, own)) if s['rows']]
+        old = old.assign(**{c: v for c, v in lacking.items() if c not in old})
         table = pd.concat([table, old[names.isin(kept)]], ignore_index=True)
     places = {c: {v: i for i, v in enumerate(values)} for c, values in orders.items()}
     return table.sort_values(key, key=lambda c: c.map(places[c.name]) if c.name in places else c, ignore_index=True), others

@@ -162,6 +162,8 @@ def test_defaults_are_valid():
     ('pcl', 'tua=.5', "did you mean 'tau'?"),
     ('bootstrap', 0, 'is not a whole number from 2 to 10000'),
     ('seed', -1, 'is not a whole number from 0 up'),
+    ('repeats', 0, 'is not a whole number from 1 to 100'),
+    ('repeats', 1.5, 'is not a whole number from 1 to 100'),
     ('workers', -1, 'is not a whole number from 0 up'),
     ('device', 'tpu9', "device 'tpu9' cannot be used here"),
     ('bins', 0, 'is not a whole number from 10 to 10000'),
