@@ -49,6 +49,12 @@ def check_maps(maps, size):
     require(isinstance(size, (tuple, list)) and len(size) == 2 and all(is_whole(s) and s >= 1 for s in size),
         f'size {brief(size)} is not valid; give height and width in pixels')
 
+def _by_products(a, size):
+    "`F.interpolate`, bilinear, as two matrix products: its backward pass on a GPU adds up in a fixed order."
+    rows, columns = (F.interpolate(torch.eye(n, dtype=a.dtype, device=a.device)[None], int(N), mode='linear', align_corners=False)[0]
+        for n, N in zip(a.shape[-2:], size))                                  # (h,H), (w,W)
+    with torch.autocast(a.device.type, enabled=False): return rows.T @ a @ columns
+
 def erasing_mask(
     maps:Tensor,         # raw CAM (B,h,w)
     size,                # (H,W) of the image
@@ -61,7 +67,8 @@ def erasing_mask(
     require(is_real(tau) and 0 <= tau <= 1, f'tau {brief(tau)} is not valid; give a number from 0 to 1')
     require(is_real(omega) and omega >= 0, f'omega {brief(omega)} is not valid; give a finite number of 0 or more')
     check_maps(maps, size)
-    a = F.interpolate(normalize_map(maps)[:, None], size=tuple(size), mode='bilinear', align_corners=False)
+    a = normalize_map(maps)[:, None]
+    a = _by_products(a, size) if a.is_cuda and a.requires_grad else F.interpolate(a, size=tuple(size), mode='bilinear', align_corners=False)
     flat = (maps.amax((-2, -1)) == maps.amin((-2, -1)))[:, None, None, None]       # nothing stands out: nothing is erased
     m = (a >= tau).to(a.dtype) if mask == 'hard' else torch.sigmoid(omega*(a - tau))
     return m.masked_fill(flat, 0)

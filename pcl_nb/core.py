@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'brief', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
-           'generator', 'seeded', 'default_device', 'usable_device', 'threads', 'cores', 'Profile', 'one_of',
-           'is_whole', 'is_real', 'integer', 'number', 'or_profile', 'pairs', 'literal', 'flag', 'text', 'out_folder',
-           'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed', 'jsonable', 'to_json',
-           'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table', 'save_table',
+           'generator', 'seeded', 'repeatable', 'default_device', 'usable_device', 'threads', 'cores', 'Profile',
+           'one_of', 'is_whole', 'is_real', 'integer', 'number', 'or_profile', 'pairs', 'literal', 'flag', 'text',
+           'out_folder', 'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed', 'jsonable',
+           'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table', 'save_table',
            'gather_results', 'with_earlier']
 
 # %% ../nbs/00_core.ipynb #5429cafb
@@ -109,12 +109,20 @@ def seeded(
     *parts  # integers and strings: what the global streams should depend on
 ):
     "Seed torch's, numpy's and Python's global generators; put torch's and the others' states back afterwards."
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    seed = derive_seed(*parts)
-    torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
+    states, seed = (np.random.get_state(), random.getstate()), derive_seed(*parts)
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
+        try: yield
+        finally: np.random.set_state(states[0]); random.setstate(states[1])
+
+@contextlib.contextmanager
+def repeatable():
+    "Inside the block cuDNN takes kernels that give the same bits again; results of a GPU are then reproducible as a CPU's are."
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try: yield
-    finally:
-        torch.set_rng_state(states[0]); np.random.set_state(states[1]); random.setstate(states[2])
+    finally: cudnn.deterministic, cudnn.benchmark = before
 
 def default_device(
 ) -> torch.device:  # CUDA, then Apple's MPS, then the CPU

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .core import Progress, brief, choose, generator, is_real, is_whole, require, usable_device
+from .core import Progress, brief, choose, generator, is_real, is_whole, repeatable, require, usable_device
 from .data import batches, fingerprint
 from .models import RELU, StagedClassifier, folded, frozen, image_batch, loaded, memory_format, parts, staged, untouched
 from .runs import random_batches, stored, val_images
@@ -206,7 +206,7 @@ def coupled_impacts(
     require(len(image_batch(images)) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
     p = next(model.parameters())
     x = images.to(p.device, p.dtype, memory_format=memory_format(model))
-    with frozen(model):
+    with frozen(model), repeatable():
         running = _independent_impacts(model, x, stage, center, relu)
         with batch_statistics(model):
             x = x.detach().requires_grad_()

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, generator, integer, is_whole, list_of,
     one_of, or_profile, out_folder, pairs, require,
-    resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
+    repeatable, resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
 from .models import ARCHS, _BUILD
@@ -264,7 +264,8 @@ def stored(
             with np.load(io.BytesIO(unsealed(path.read_bytes())), allow_pickle=False) as f: return dict(f)
         except Exception as e:             # whatever a damaged archive leads to
             warnings.warn(f'{path.name} cannot be read ({e}); set aside as {set_aside(path).name} and measured again')
-    arrays = {k: np.asarray(v) for k, v in measure(trained(recipe, device, progress)).items()}
+    fitted = trained(recipe, device, progress)
+    with repeatable(): arrays = {k: np.asarray(v) for k, v in measure(fitted).items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(path, sealed(buffer.getvalue()))

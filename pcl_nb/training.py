@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .core import (InputError, PROFILES, Progress, brief, choose, cores, digest, is_real, is_whole, out_folder, pairs, require,
-    revision, runs_dir, sealed, seeded,
+    repeatable, revision, runs_dir, sealed, seeded,
     threads, to_json, unsealed, usable_device, versions, write_atomic)
 from .data import DATA, LARGEST, _check_room, base_size, batches, channel_stats, check_data, fingerprint, is_drawn, load
 from .losses import shard
@@ -307,7 +307,7 @@ def fit(
     start, share = time.perf_counter(), max(cores()//(int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if ranks > 1 else 1), 1)
     evaluation = dict(scheme=recipe.scheme, size=recipe.size, stats=stats, channels_last=memory is torch.channels_last, shard=(rank, ranks))
     def rate(epoch, step): return learning_rate(recipe.scheme, recipe.lr, (epoch + step/steps)/recipe.epochs, recipe.gamma)
-    with threads(min(recipe.threads or share, share)), _reporter(progress if not rank else False, recipe, first*steps*per_step,
+    with repeatable(), threads(min(recipe.threads or share, share)), _reporter(progress if not rank else False, recipe, first*steps*per_step,
             recipe.epochs*steps*per_step) as report:
         for epoch in range(first, recipe.epochs):
             model.train()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcl_nb import data, erf, focus_area, methods, models, runs, training
+from pcl_nb import core, data, erf, focus_area, methods, models, runs, training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
@@ -79,3 +79,28 @@ def test_a_stream_is_measured_on_the_gpu():
         return focus_area.coverage_table(m, data.batches(images, 'simple', 56, stats, 16), area=data.evidence(images, 'simple', 56))
     want, found = table(model.double()), table(model.cuda())
     assert np.abs(found.coverage - want.coverage).max() < .01 and np.abs(found.recall - want.recall).max() < .05
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_the_same_recipe_gives_the_same_bits(method):
+    "Trained twice on one GPU, a network is the same to the last bit."
+    recipe = training.recipe_for('smoke', method=method, epochs=2)
+    first, second = (training.fit(recipe, device='cuda', progress=False).model.state_dict() for _ in range(2))
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_an_impact_map_is_measured_again_to_the_bit(arch):
+    "So that a CSV of a GPU can be had again."
+    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True).cuda()
+    images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with core.repeatable(): first, second = (erf.impact_map(model, images) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_global_stream_of_the_gpu_goes_on():
+    "What a seeded block draws on the GPU is not missing from the stream behind it."
+    torch.cuda.manual_seed(1); want = torch.rand(4, device='cuda')
+    torch.cuda.manual_seed(1)
+    with core.seeded(5): torch.rand(9, device='cuda')
+    assert torch.equal(torch.rand(4, device='cuda'), want)

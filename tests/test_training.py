@@ -280,7 +280,7 @@ def test_first_bad_step_is_named_and_the_checkpoint_before_it_kept(tmp_path, mon
     monkeypatch.setattr(training, 'train_step', spoil)
     monkeypatch.setattr(training, 'LOOK_EVERY', dict(cpu=looks))
     checkpoint = tmp_path/'checkpoint.pt'
-    with pytest.raises(FloatingPointError, match=said): training.fit(replace(QUICK, epochs=3), checkpoint=checkpoint, progress=False)
+    with pytest.raises(FloatingPointError, match=said): training.fit(replace(QUICK, epochs=3), checkpoint=checkpoint, device='cpu', progress=False)
     assert len(calls) == (7 if spoilt == 'loss' and looks == 1 else 8)
     state = torch.load(io.BytesIO(core.unsealed(checkpoint.read_bytes())), weights_only=True)
     assert state['epoch'] == 1 and all(torch.isfinite(v).all() for v in state['model'].values())
