@@ -50,7 +50,7 @@ def check_maps(maps, size):
         f'size {brief(size)} is not valid; give height and width in pixels')
 
 def _by_products(a, size):
-    "`F.interpolate`, bilinear, as two matrix products: its backward pass on a GPU adds up in a fixed order."
+    "Maps (B,1,h,w) to (B,1,H,W) as by `F.interpolate`, bilinear, in two matrix products, whose backward pass on a GPU adds up in a fixed order."
     rows, columns = (F.interpolate(torch.eye(n, dtype=a.dtype, device=a.device)[None], int(N), mode='linear', align_corners=False)[0]
         for n, N in zip(a.shape[-2:], size))                                  # (h,H), (w,W)
     with torch.autocast(a.device.type, enabled=False): return rows.T @ a @ columns

@@ -109,11 +109,11 @@ def seeded(
     *parts  # integers and strings: what the global streams should depend on
 ):
     "Seed torch's, numpy's and Python's global generators; put torch's and the others' states back afterwards."
-    states, seed = (np.random.get_state(), random.getstate()), derive_seed(*parts)
+    of_numpy, of_python, seed = np.random.get_state(), random.getstate(), derive_seed(*parts)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
         try: yield
-        finally: np.random.set_state(states[0]); random.setstate(states[1])
+        finally: np.random.set_state(of_numpy); random.setstate(of_python)
 
 @contextlib.contextmanager
 def repeatable():
