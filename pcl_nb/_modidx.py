@@ -431,6 +431,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.runs._anywhere': ('runs.html#_anywhere', 'pcl_nb/runs.py'),
                              'pcl_nb.runs._check_worker': ('runs.html#_check_worker', 'pcl_nb/runs.py'),
                              'pcl_nb.runs._dask': ('runs.html#_dask', 'pcl_nb/runs.py'),
+                             'pcl_nb.runs._keep_memory': ('runs.html#_keep_memory', 'pcl_nb/runs.py'),
                              'pcl_nb.runs._train_one': ('runs.html#_train_one', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.accuracies': ('runs.html#accuracies', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.check_engine': ('runs.html#check_engine', 'pcl_nb/runs.py'),

@@ -8,7 +8,7 @@ __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'CHECKS', 'AS_PUBLIS
            'random_batches', 'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
-import contextlib, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings
+import contextlib, ctypes, hashlib, importlib.util, io, os, platform, sys, tempfile, threading, time, warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -95,13 +95,23 @@ def _check_worker(worker, runs, sees, threads):
     require(threads == 1,
         f"worker {worker} has {threads} threads, but seeds are the process's; start workers with --nthreads 1, as many as are to train at a time")
 
-def _train_one(recipe, folder, device):
-    "In a worker: train, telling the parent through a file; load nothing back. Gives the run's key, and what went wrong."
+_MALLOPT = {-3: 2**30, -1: 2**31 - 1}       # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+
+def _keep_memory():
+    "What this process frees stays with it (glibc): a training step asks for the same memory each time, and new pages cost time."
+    with contextlib.suppress(AttributeError, OSError, TypeError):          # another C library
+        for option, value in _MALLOPT.items(): ctypes.CDLL(None).mallopt(option, value)
+
+def _train_one(recipe, folder, device, parent=0):
+    """In a worker: train, telling the parent through a file; load nothing back. Gives the run's key, and what went wrong.
+    A child of `parent` ends when that does."""
     last, threads = [0.], 1
+    if parent not in (0, os.getpid()): _keep_memory()                      # not where joblib trains one at a time: in the caller
     with contextlib.suppress(KeyError, ValueError): threads = sys.modules['distributed'].get_worker().state.nthreads     # in a worker of Dask
     def tell(done, total):
         if time.monotonic() - last[0] > 1 or done == total:
             last[0] = time.monotonic()
+            if parent not in (0, os.getpid(), os.getppid()): os._exit(1)              # killed: nobody waits for what an orphan would go on with
             with contextlib.suppress(OSError): (folder/'progress').write_text(f'{done} {total}')
     try:
         _check_worker(platform.node(), folder, folder.is_dir(), threads)
@@ -227,7 +237,7 @@ def train_all(
             while todo:
                 try:
                     for k, error in joblib.Parallel(return_as='generator_unordered', pre_dispatch=at_once, batch_size=1)(
-                            joblib.delayed(_train_one)(missing[k] if here else _anywhere(missing[k]), folders[k], device)
+                            joblib.delayed(_train_one)(missing[k] if here else _anywhere(missing[k]), folders[k], device, os.getpid()*here)
                             for k in list(todo)):
                         todo.remove(k); deaths = 0
                         if error or not (folders[k]/'run.json').exists():

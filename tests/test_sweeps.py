@@ -165,8 +165,24 @@ def test_killed_worker_of_this_machine_loses_nothing(tmp_path, store):
     same_as_here(store, tmp_path/'here', SWEEP[:3])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(store, how):
+    "Whoever kills a sweep has the cores back, and the next one goes on from the checkpoint."
+    endless = [replace(LONG, epochs=1000, seed=s) for s in range(2)]
+    sweep = subprocess.Popen([sys.executable, '-c', f'from pcl_nb.runs import Recipe, train_all; train_all({endless!r}, 2, progress=False)'],
+        env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    until(lambda: len([*store.runs.glob('*/checkpoint.pt')]) == 2, 'checkpoints')
+    children = psutil.Process(sweep.pid).children()
+    assert sum('LokyProcess' in ' '.join(p.cmdline()) for p in children) == 2
+    sweep.send_signal(how)
+    sweep.wait()
+    assert not psutil.wait_procs(children, SECONDS)[1]
+    assert not any(map(runs.is_trained, endless))
+
+
 def test_run_that_kills_every_worker_is_given_up(store, monkeypatch):
     "Its worker dies each time: an error in one line, not an endless loop."
-    def deadly(recipe, folder, device): os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(*args): os.kill(os.getpid(), signal.SIGKILL)
     monkeypatch.setattr(runs, '_train_one', deadly)
     with pytest.raises(runs.RunsFailed, match='3 times in a row'): runs.train_all([LONG, SWEEP[1]], 2, progress=False)
