@@ -51,9 +51,11 @@ def check_maps(maps, size):
 
 def _by_products(a, size):
     "Maps (B,1,h,w) to (B,1,H,W) as by `F.interpolate`, bilinear, in two matrix products, whose backward pass on a GPU adds up in a fixed order."
-    rows, columns = (F.interpolate(torch.eye(n, dtype=a.dtype, device=a.device)[None], int(N), mode='linear', align_corners=False)[0]
-        for n, N in zip(a.shape[-2:], size))                                  # (h,H), (w,W)
-    with torch.autocast(a.device.type, enabled=False): return rows.T @ a @ columns
+    with torch.autocast(a.device.type, enabled=False):
+        a = a.to(torch.promote_types(a.dtype, torch.float32))                 # as autocast has it where it enlarges
+        rows, columns = (F.interpolate(torch.eye(n, dtype=a.dtype, device=a.device)[None], int(N), mode='linear', align_corners=False)[0]
+            for n, N in zip(a.shape[-2:], size))                              # (h,H), (w,W)
+        return rows.T @ a @ columns
 
 def erasing_mask(
     maps:Tensor,         # raw CAM (B,h,w)
