@@ -85,6 +85,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.core.text': ('core.html#text', 'pcl_nb/core.py'),
                              'pcl_nb.core.threads': ('core.html#threads', 'pcl_nb/core.py'),
                              'pcl_nb.core.to_json': ('core.html#to_json', 'pcl_nb/core.py'),
+                             'pcl_nb.core.trained_with': ('core.html#trained_with', 'pcl_nb/core.py'),
                              'pcl_nb.core.unsealed': ('core.html#unsealed', 'pcl_nb/core.py'),
                              'pcl_nb.core.usable_device': ('core.html#usable_device', 'pcl_nb/core.py'),
                              'pcl_nb.core.versions': ('core.html#versions', 'pcl_nb/core.py'),

@@ -7,8 +7,8 @@ __all__ = ['PROFILES', 'InputError', 'brief', 'choose', 'require', 'root', 'runs
            'generator', 'seeded', 'repeatable', 'default_device', 'usable_device', 'threads', 'cores', 'Profile',
            'one_of', 'is_whole', 'is_real', 'integer', 'number', 'or_profile', 'pairs', 'literal', 'flag', 'text',
            'out_folder', 'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed', 'jsonable',
-           'to_json', 'digest', 'versions', 'hardware', 'revision', 'save_result', 'markdown_table', 'save_table',
-           'gather_results', 'with_earlier']
+           'to_json', 'digest', 'versions', 'hardware', 'revision', 'trained_with', 'save_result', 'markdown_table',
+           'save_table', 'gather_results', 'with_earlier']
 
 # %% ../nbs/00_core.ipynb #5429cafb
 import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
@@ -382,6 +382,17 @@ def revision(
     try: return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--', 'pcl_nb', 'nbs') else '')
     except (OSError, subprocess.CalledProcessError): return f"version {versions()['pcl_nb']}"
 
+def trained_with(
+    runs:dict  # name -> key of a stored run
+) -> dict:  # what with: revision, torch, device -> names
+    "What stored networks were trained with, which need not be what measures them."
+    found = {}
+    for name, key in runs.items():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            about = json.loads((runs_dir()/key/'run.json').read_text())
+            found.setdefault(f"{about['revision']}, torch {about['versions']['torch']}, {about['device']}", []).append(name)
+    return found
+
 # %% ../nbs/00_core.ipynb #ddaa7c85
 def save_result(
     folder,           # destination folder
@@ -399,6 +410,7 @@ def save_result(
         write_atomic(folder/f'{name}.png', picture.getvalue())
     write_atomic(folder/f'{name}.csv', table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
     about = dict(dict(provenance, hardware=hardware()), name=name, versions=versions(), revision=revision())
+    if trained := trained_with(provenance.get('runs', {})): about['trained'] = trained
     write_atomic(folder/f'{name}.json', (to_json(about, indent=1) + '\n').encode())
 
 # %% ../nbs/00_core.ipynb #343f7824
