@@ -223,20 +223,48 @@ def _left_out(path):
     file = Path(path)/SKIP
     return {Path(path)/n for n in os.fsdecode(file.read_bytes()).splitlines() if n.strip()} if file.is_file() else set()
 
+_LISTED = {}            # working folder, folder of a split -> when each folder in it changed last, what was found
+
+def _listed_images(base):
+    "name -> image files below each class folder, zero bytes between them, by the parts of their names; as found before where no folder has changed since."
+    def changed(d): return os.stat(d).st_mtime_ns
+    key = os.getcwd(), base
+    stamps, found = _LISTED.get(key, ({}, {}))
+    with contextlib.suppress(OSError):
+        if stamps and all(changed(d) == t for d, t in stamps.items()): return found
+    stamps, found = {base: changed(base)}, {}
+    for d in sorted(base.iterdir()):
+        if not d.is_dir(): continue
+        files = []
+        for here, _, names in os.walk(d):
+            stamps[here] = changed(here)
+            files += [os.path.join(here, n) for n in names if os.path.splitext(n)[1].lower() in IMG_EXTENSIONS]
+        found[d.name] = b'\0'.join(map(os.fsencode, sorted(files, key=lambda f: f.split(os.sep))))          # a tenth of what paths take
+    if time.time_ns() - max(stamps.values()) > 2e9: _LISTED[key] = stamps, found                            # else the next change could bear the same time
+    return found
+
 def _class_folders(path, split):
-    "name -> image files of one split, checked."
+    "name -> image files of one split as in `_listed_images`, checked."
     base = Path(path)/split
     require(Path(path).is_dir(),
         f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
     require(base.is_dir(), f'folder {str(path)!r} has no {split}/; it needs train/ and val/ with one folder a class')
     for d in base.iterdir(): require(not d.is_symlink() or d.exists(), f'{str(d)!r} is a link that leads nowhere; remove it')
-    skip = _left_out(path)
-    found = {d.name: sorted(f for f in d.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and f not in skip)
-        for d in sorted(base.iterdir()) if d.is_dir()}
+    skip, found = {os.fsencode(f) for f in _left_out(path)}, _listed_images(base)
+    if skip: found = {name: b'\0'.join(f for f in files.split(b'\0') if f not in skip) for name, files in found.items()}
     require(found, f'folder {str(base)!r} is empty; it needs one folder of images a class')
     for name, files in found.items():
         require(files, f'class folder {str(base/name)!r} holds no image; endings read: {" ".join(IMG_EXTENSIONS)}')
     return found
+
+def _checked_folder(path, split):
+    "The class folders of one split, checked against the other split's."
+    alone = choose(split, ('train', 'val'), 'split') == 'val' and Path(path).is_dir() and not (Path(path)/'train').exists()      # nothing is to be trained
+    both = {s: _class_folders(path, s) for s in (('val',) if alone else ('train', 'val'))}
+    for here, there in (('train', 'val'), ('val', 'train')):
+        lone = sorted(set(both.get(here, both['val'])) - set(both.get(there, both['val'])))
+        require(not lone, f"folder {str(path)!r}: class {lone[0] if lone else ''!r} is not in both train/ and val/: it is missing in {there}/" + (f' (and {len(lone) - 1} more)' if len(lone) > 1 else ''))
+    return both[split]
 
 def folder_files(
     path,        # folder that holds train/ and val/
@@ -244,14 +272,9 @@ def folder_files(
     n:int=0      # at most about this many images, the same share of each class; 0: all
 ) -> tuple:  # files, labels, class names
     "The images of one split, in a fixed order; `InputError` says what is missing."
-    alone = choose(split, ('train', 'val'), 'split') == 'val' and Path(path).is_dir() and not (Path(path)/'train').exists()      # nothing is to be trained
-    both = {s: _class_folders(path, s) for s in (('val',) if alone else ('train', 'val'))}
-    for here, there in (('train', 'val'), ('val', 'train')):
-        lone = sorted(set(both.get(here, both['val'])) - set(both.get(there, both['val'])))
-        require(not lone, f"folder {str(path)!r}: class {lone[0] if lone else ''!r} is not in both train/ and val/: it is missing in {there}/" + (f' (and {len(lone) - 1} more)' if len(lone) > 1 else ''))
-    found = both[split]
+    found = _checked_folder(path, split)
     each = math.ceil(n/len(found)) if n else None
-    files = [(f, i) for i, fs in enumerate(found.values()) for f in fs[:each]]
+    files = [(Path(os.fsdecode(f)), i) for i, fs in enumerate(found.values()) for f in fs.split(b'\0')[:each]]
     return [f for f, _ in files], [i for _, i in files], tuple(found)
 
 @contextlib.contextmanager
@@ -509,7 +532,7 @@ def check_data(
     "A check for parameters: the name is valid and, for a set on disk, the layout is complete."
     kind, where = parse_name(name)
     if stands_in(name): return name
-    if kind == 'folder': folder_files(where, 'train' if trains else 'val')
+    if kind == 'folder': _checked_folder(where, 'train' if trains else 'val')
     elif kind == 'packed': read_index(where)
     elif kind != 'concept':
         for split in ('train', 'val') if trains else ('val',): _listed(kind, where, split, 0)
