@@ -467,7 +467,8 @@ def with_earlier(
     def about(t): return t[key].astype(str).agg(' '.join, axis=1)
     try:
         source, old = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
-        same = source.pop('settings') == json.loads(to_json(settings)) and set(key) <= set(old)
+        now, then = json.loads(to_json(settings)), source.pop('settings')
+        same = all(k in then and then[k] == v for k, v in now.items()) and set(key) <= set(old)     # what else was set changes no number
     except (OSError, ValueError, LookupError, TypeError, AttributeError): same = False      # none there, or not one of ours
     if same:
         names = about(old)

@@ -236,9 +236,9 @@ def _listed_images(base):
     for d in sorted(base.iterdir()):
         if not d.is_dir(): continue
         files = []
-        for here, _, names in os.walk(d):
+        for here, folders, names in os.walk(d):
             stamps[here] = changed(here)
-            files += [os.path.join(here, n) for n in names if os.path.splitext(n)[1].lower() in IMG_EXTENSIONS]
+            files += [os.path.join(here, n) for n in (*folders, *names) if os.path.splitext(n)[1].lower() in IMG_EXTENSIONS]
         found[d.name] = b'\0'.join(map(os.fsencode, sorted(files, key=lambda f: f.split(os.sep))))          # a tenth of what paths take
     if time.time_ns() - max(stamps.values()) > 2e9: _LISTED[key] = stamps, found                            # else the next change could bear the same time
     return found
