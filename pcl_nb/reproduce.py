@@ -140,7 +140,7 @@ def run_notebook(
     try:
         papermill.execute_notebook(str(notebook_path(job.notebook)), str(out), job.parameters, kernel_name='python3', progress_bar=False,
             log_output=False,
-            extra_arguments=['--IPKernelApp.log_level=40'])      # no word on transport encryption: the kernel is on this machine
+            extra_arguments=['--IPKernelApp.log_level=50'])      # no word on transport encryption, nor on being told to end
         state = '; '.join(missing_outputs(folder, job.outputs, before)) or 'done'
     except papermill.PapermillExecutionError as e: state = f'failed: {e.ename}: {e.evalue}'.splitlines()[0]
     except Exception as e: state = f'failed: {type(e).__name__}: {e}'.splitlines()[0]       # a kernel that died, a full disk
