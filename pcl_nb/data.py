@@ -371,18 +371,17 @@ def load_folder(
     files, labels, classes = folder_files(path, split, n)
     try:
         if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
-        alike = np.empty((len(files), *decode(files[0]).shape), np.uint8)        # those of the first one's size; untouched, it takes no memory
-        def read(i):
-            im = decode(files[i])
-            if im.shape != alike.shape[1:]: return im
-            alike[i] = im.numpy()
+        alike, others = np.empty((len(files), *decode(files[0]).shape), np.uint8), {}      # of the first one's size; untouched, it takes no memory
         with ThreadPoolExecutor(cores()) as pool:
-            bar = Progress(pool.map(read, range(len(files))), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False,
+            bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False,
                 disable=None if progress else True)
-            others, images = list(bar), torch.from_numpy(alike)
+            for i, im in enumerate(bar):
+                if im.shape == alike.shape[1:]: alike[i] = im.numpy()
+                else: others[i] = im
     except InputError as e:
         raise InputError(f'{e}; mend it, or leave out all such files: python -m pcl_nb.data check "folder:{path}" --skip') from None
-    if any(im is not None for im in others): images = [a if im is None else im for a, im in zip(images, others)]
+    images = torch.from_numpy(alike)
+    if others: images = [others.get(i, im) for i, im in enumerate(images)]
     return ImageSet(images, torch.tensor(labels), classes)
 
 # %% ../nbs/01_data.ipynb #dbfe23a4
