@@ -468,7 +468,7 @@ def with_earlier(
     try:
         source, old = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
         now, then = json.loads(to_json(settings)), source.pop('settings')
-        same = all(k in then and then[k] == v for k, v in now.items()) and set(key) <= set(old)     # what else was set changes no number
+        same = then | now == then and set(key) <= set(old)                                  # what else was set changes no number
     except (OSError, ValueError, LookupError, TypeError, AttributeError): same = False      # none there, or not one of ours
     if same:
         names = about(old)

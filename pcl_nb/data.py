@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, ImageNet, Places365
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .core import InputError, Progress, brief, choose, cores, digest, generator, is_real, is_whole, out_folder, require, resolve, root, to_json, usable_device, write_atomic
+from .core import InputError, Progress, brief, choose, cores, digest, generator, is_real, is_whole, out_folder, require, resolve, root, threads, to_json, usable_device, write_atomic
 
 # %% ../nbs/01_data.ipynb #bf49b4e5
 # slot, 'r' x0 y0 x1 y1 | 'e' cx cy rx ry | 'p' convex corners, clockwise
@@ -223,12 +223,12 @@ def _left_out(path):
     file = Path(path)/SKIP
     return {Path(path)/n for n in os.fsdecode(file.read_bytes()).splitlines() if n.strip()} if file.is_file() else set()
 
-_LISTED = {}            # working folder, folder of a split -> when each folder in it changed last, what was found
+_LISTED = {}            # folder of a split, as given and absolute -> when each folder in it changed last, what was found
 
 def _listed_images(base):
     "name -> image files below each class folder, zero bytes between them, by the parts of their names; as found before where no folder has changed since."
     def changed(d): return os.stat(d).st_mtime_ns
-    key = os.getcwd(), base
+    key = base, base.absolute()                                          # a relative one is another elsewhere
     stamps, found = _LISTED.get(key, ({}, {}))
     with contextlib.suppress(OSError):
         if stamps and all(changed(d) == t for d, t in stamps.items()): return found
@@ -371,17 +371,14 @@ def load_folder(
     files, labels, classes = folder_files(path, split, n)
     try:
         if not _fits(files): return ImageSet(Files(path, [f.relative_to(path) for f in files]), torch.tensor(labels), classes)
-        alike, others = np.empty((len(files), *decode(files[0]).shape), np.uint8), {}      # of the first one's size; untouched, it takes no memory
         with ThreadPoolExecutor(cores()) as pool:
             bar = Progress(pool.map(decode, files), f'decode {Path(path).name}/{split}', len(files), unit=' images', leave=False,
                 disable=None if progress else True)
-            for i, im in enumerate(bar):
-                if im.shape == alike.shape[1:]: alike[i] = im.numpy()
-                else: others[i] = im
+            images = list(bar)
     except InputError as e:
         raise InputError(f'{e}; mend it, or leave out all such files: python -m pcl_nb.data check "folder:{path}" --skip') from None
-    images = torch.from_numpy(alike)
-    if others: images = [others.get(i, im) for i, im in enumerate(images)]
+    if len({im.shape for im in images}) == 1:
+        with threads(1): images = torch.stack(images)        # on busy cores several threads wait for each other, image by image
     return ImageSet(images, torch.tensor(labels), classes)
 
 # %% ../nbs/01_data.ipynb #dbfe23a4
