@@ -307,8 +307,10 @@ img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; padd
 th {{ cursor: pointer; user-select: none; white-space: nowrap; }} th:hover {{ background: var(--soft); }}
 .supported {{ color: var(--good); font-weight: 600; }} .contradicted {{ color: var(--bad); font-weight: 600; }} .inconclusive {{ opacity: .65; }}
 code {{ background: var(--soft); padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }} .paper {{ border-left: 3px solid var(--line); padding-left: .8rem; margin-left: 0; }} details {{ margin: .5rem 0; }}
+.matrix td.long {{ min-width: 0; }}
+@media (max-width: 40rem) {{ .matrix :is(th, td):nth-child(2) {{ display: none; }} .matrix :is(th, td):first-child {{ position: sticky; left: 0; background: Canvas; }} }}
 </style>
-<h1>pcl_nb, profile {profile}</h1><p>{about}</p><h2 id="claims">Claims</h2><div class="wide">{matrix}</div><details><summary>Evidence behind each verdict</summary><div class="wide">{evidence}</div></details>{figures}
+<h1>pcl_nb, profile {profile}</h1><p>{about}</p><h2 id="claims">Claims</h2><div class="wide matrix">{matrix}</div><details><summary>Evidence behind each verdict</summary><div class="wide">{evidence}</div></details>{figures}
 <script>
 for (const th of document.querySelectorAll('th')) th.onclick = () => {{
   const body = th.closest('table').tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up === '1' ? '' : '1';
