@@ -171,14 +171,11 @@ class Profile:
     lr:float            # initial learning rate
     images:int          # images an impact map is averaged over
     bootstrap:int       # replicates behind an interval
-    lr_of:tuple=()      # (architecture, initial learning rate) where another one is needed
 
 PROFILES = {
     'smoke':    Profile(size=28, width=.25, small_input=True, train=64, val=64, epochs=1, batch=16, lr=.05, images=16, bootstrap=20),
-    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200,
-        lr_of=(('resnet34', .02), ('resnet50', .01))),
-    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200,
-        lr_of=(('resnet34', .02), ('resnet50', .01))),
+    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=10, batch=16, lr=.05, images=1000, bootstrap=200),
+    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
     'public':   Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=0, batch=64, lr=.1, images=1000, bootstrap=200),
     'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
 }

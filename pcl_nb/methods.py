@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .cam import FILLS, MASKS, cam_erase, class_activation_map, erasing_mask
 from .core import brief, choose, is_real, is_whole, require
 from .losses import DISTANCES, category_consistency, instance_consistency, joint, shard
-from .models import StagedClassifier, frozen
+from .models import ERASED_NORMS, StagedClassifier, erased_norms, frozen
 
 # %% ../nbs/05_methods.ipynb #1070b968
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class PCL(Method):
     tau:float = .5                    # threshold on the normalised map
     omega:float = 10.                 # steepness of the soft mask
     fill:str = 'mean'                 # 'mean', 'black', 'noise'
+    erased_norm:str = 'apart'         # batch normalisation of the erased pass: 'apart', 'running', 'mixed'
 
     @property
     def side(self): return self.stage == 'stage3'
@@ -92,6 +93,7 @@ class PCL(Method):
         choose(self.stage, ('stage3', 'stage4'), 'stage'); choose(self.target, TARGETS, 'target')
         choose(self.ipc_distance, DISTANCES, 'ipc_distance'); choose(self.cpc_distance, (*DISTANCES, 'correlation'), 'cpc_distance')
         choose(self.mask, MASKS, 'mask'); choose(self.fill, FILLS, 'fill')
+        choose(self.erased_norm, ERASED_NORMS, 'erased_norm')
         require(isinstance(self.detach, bool), f'detach {brief(self.detach)} is not valid; give true or false')
         require(is_real(self.tau) and 0 <= self.tau <= 1, f'tau {brief(self.tau)} is not valid; give a number from 0 to 1')
         for w in ('side_weight', 'ipc_weight', 'cpc_weight', 'omega'): _check_factor(w, getattr(self, w))
@@ -109,7 +111,7 @@ class PCL(Method):
             yield logits, items
             logits, items = logits.detach(), {}
             f.clear()
-        erased_logits = model(erased)
+        with erased_norms(model, self.erased_norm): erased_logits = model(erased)
         if self.ipc_weight: items['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
         if self.cpc_weight:
             items['cpc'] = self.cpc_weight*category_consistency(joint(logits), joint(erased_logits), self.cpc_distance, self.detach)
@@ -355,18 +357,22 @@ class AMLoss(Method):
     weight:float = 1.      # alpha; 0 costs nothing
     sigma:float = .5       # threshold of the soft mask, on the normalised map
     omega:float = 10.      # steepness of the soft mask
+    erased_norm:str = 'apart'    # batch normalisation of the erased pass: 'apart', 'running', 'mixed'
 
     @property
     def passes(self): return 2 if self.weight else 1
 
-    def check(self): _check_factor('weight', self.weight); _check_threshold('sigma', self.sigma); _check_factor('omega', self.omega)
+    def check(self):
+        _check_factor('weight', self.weight); _check_threshold('sigma', self.sigma); _check_factor('omega', self.omega)
+        choose(self.erased_norm, ERASED_NORMS, 'erased_norm')
 
     def losses(self, model, images, labels, stats=None):
         logits, f = model(images, stages=('stage4',))
         items = dict(ce=F.cross_entropy(logits, labels))
         if self.weight:
             erased = cam_erase(model, images, f['stage4'], labels, 'stage4', 'soft', self.sigma, self.omega, detach=False)
-            items['am'] = self.weight*model(erased).softmax(1).gather(1, labels[:, None]).mean()
+            with erased_norms(model, self.erased_norm): erased_logits = model(erased)
+            items['am'] = self.weight*erased_logits.softmax(1).gather(1, labels[:, None]).mean()
         return logits, items
 
 METHODS['amloss'] = AMLoss()

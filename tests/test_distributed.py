@@ -61,6 +61,16 @@ def normed_gradient():
     return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([*items.values()])
 
 
+def statistics(name):
+    "Running statistics after a step with this process' share of a batch, in one row."
+    method = methods.get_method(name)
+    with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True)
+    x, y = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
+    rank, ranks = losses.shard()
+    training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks])
+    return torch.cat([b.flatten().double() for b in model.buffers()])
+
+
 SMOKE = training.recipe_for('smoke', method='pcl', train=32, val=32, epochs=2, validate_every=1)
 OWN = training.recipe_for('smoke', arch='custom', method='pcl', train=32, val=21, epochs=2, validate_every=1)
 
@@ -81,7 +91,8 @@ def member(folder, rank, ranks):
     "In a child: one process of the group does all that the tests look at, and leaves it in a file."
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks)
-    found = dict(steps=[gradient(*s) for s in STEPS], normed=normed_gradient(), own=trained(OWN, network(True)), smoke=trained(SMOKE),
+    found = dict(steps=[gradient(*s) for s in STEPS], normed=normed_gradient(),
+        statistics=[statistics(n) for n in ('baseline', 'pcl', 'amloss')], own=trained(OWN, network(True)), smoke=trained(SMOKE),
         refused=[refused(training.recipe_for('smoke', **c))
             for c in (dict(batch=15), dict(accumulate=16), dict(sync_bn=True), dict(lr=1e6))],
         sizes=[tuple(losses.joint(torch.full((2, 3), float(rank)))[:, 0].tolist())])
@@ -114,6 +125,13 @@ def test_gradient_with_fixed_batch_statistics_is_that_of_one_process(group):
     "The same through a ResNet whose batch norms are in evaluation mode."
     for want, *found in zip(normed_gradient(), *(g['normed'] for g in group)):
         for f in found: torch.testing.assert_close(f, want, rtol=1e-8, atol=1e-11)
+
+
+def test_erased_pass_leaves_the_running_statistics_alone(group):
+    "In each process they equal those of the baseline, bit for bit; the processes' own differ."
+    for g in group:
+        for found in g['statistics'][1:]: assert torch.equal(found, g['statistics'][0])
+    assert not torch.equal(group[0]['statistics'][0], group[1]['statistics'][0])
 
 
 def test_training_is_that_of_one_process(group):
