@@ -26,7 +26,7 @@ from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest,
     repeatable, resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
 from .methods import METHODS, get_method
-from .models import ARCHS, _BUILD
+from .models import ARCHS, INITS, _BUILD
 from .training import SCHEMES, Fitted, Recipe, recipe_for, run, set_aside
 
 # %% ../nbs/07_runs.ipynb #4c834059
@@ -313,7 +313,7 @@ CHECKS = dict(
     objects=lambda name: check_data(name, trains=False),
     images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)),
     bootstrap=or_profile(integer(2, 10_000)),
-    scheme=one_of(SCHEMES, 'scheme'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), repeats=integer(1, 100), workers=integer(0), device=text, out=out_folder)
+    scheme=one_of(SCHEMES, 'scheme'), init=one_of(INITS, 'initialisation'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), repeats=integer(1, 100), workers=integer(0), device=text, out=out_folder)
 
 def checks(
     names:str  # of common parameters, separated by blanks
@@ -348,14 +348,14 @@ AS_PUBLISHED = dict(init='initial', objects='imagenet', scenes='places365')     
 def recipe_of(
     network:str,   # 'init', 'objects', 'scenes', or a method
     arch:str,
-    P:dict,        # settled parameters: profile, size, scenes; where given objects, epochs, scheme, seed, pcl
+    P:dict,        # settled parameters: profile, size, scenes; where given objects, epochs, scheme, init, seed, pcl
     **changes      # fields of the recipe, before all else
 ) -> Recipe:
     "The recipe of a network by its short name."
     method = 'baseline' if network in ('init', 'objects', 'scenes') else choose(network, METHODS, 'network')
     options = {} if method in ('baseline', 'side') else P.get('pcl', {})
     settings = dict(arch=arch, data=P['objects'] if network == 'objects' else P['scenes'], method=method, options=options,
-        seed=P.get('seed', 0), size=P['size'])
+        init=P.get('init', INITS[0]), seed=P.get('seed', 0), size=P['size'])
     scheme = changes.pop('scheme', P.get('scheme', 'simple'))
     if P['profile'] == 'public':
         require(network in AS_PUBLISHED,
