@@ -373,7 +373,7 @@ def _parser():
         epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
-    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few runs')
+    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for ResNet18, one run of each network')
     p.add_argument('--scenes',
         help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
     p.add_argument('--objects',
