@@ -442,6 +442,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.runs.cost': ('runs.html#cost', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.image_cost': ('runs.html#image_cost', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.is_trained': ('runs.html#is_trained', 'pcl_nb/runs.py'),
+                             'pcl_nb.runs.least_top1': ('runs.html#least_top1', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.pool': ('runs.html#pool', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.provenance_of': ('runs.html#provenance_of', 'pcl_nb/runs.py'),
                              'pcl_nb.runs.random_batches': ('runs.html#random_batches', 'pcl_nb/runs.py'),
