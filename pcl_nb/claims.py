@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MARGIN', 'FAR', 'UNLEARNED', 'TIMES', 'ENLARGED_BY_S4', 'COLUMNS', 'MOST', 'CHANGE', 'TABLES', 'Part', 'verdict',
            'joint_verdict', 't_interval', 'over_runs', 'narrowed', 'to_decide', 'erf_claims_of', 'erf_pairs', 'judge',
-           'in_order', 'to_read', 'judge_erf', 'focus_claims_of', 'relative', 'draws', 'difference_interval',
-           'judge_repeats', 'judge_gains', 'judge_target', 'share_interval', 'judge_images', 'activity_claims_of',
-           'judge_shrinking', 'judge_tables']
+           'in_order', 'to_read', 'judge_erf', 'focus_claims_of', 'relative', 'draws', 'spread_interval',
+           'scheme_distances', 'difference_interval', 'judge_repeats', 'judge_gains', 'judge_target', 'share_interval',
+           'paired_shares', 'image_kinds', 'judge_images', 'activity_claims_of', 'size_interval', 'judge_shrinking',
+           'judge_tables']
 
 # %% ../nbs/11_claims.ipynb #8db7f0ee
 import math
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, special, stats
 
 from .core import require
 
@@ -77,7 +78,7 @@ def over_runs(
 
 # %% ../nbs/11_claims.ipynb #5ca381fb
 FAR = 100     # times the images, or runs, beyond which nothing is promised
-UNLEARNED = 'networks that have learned something: more epochs'
+UNLEARNED = 'networks that have learned: more epochs'
 TIMES = (*np.arange(1.1, 10, .1).round(1).tolist(), *range(10, FAR + 1))
 
 @lru_cache(maxsize=None)
@@ -167,7 +168,7 @@ def _numbers(row):
     if not math.isfinite(row.difference): return f'not to be told, {row.b} has none'
     return (f'{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]'
         + (f', {row.runs:.0f} runs' if getattr(row, 'runs', 1) > 1 else '')
-        + ('' if getattr(row, 'learned', True) else ' (a network that has learned nothing)'))
+        + ('' if getattr(row, 'learned', True) else ' (a network that has not learned)'))
 
 def judge(
     comparisons:pd.DataFrame,   # arch, a, b, stage, difference, low, high: relative differences; optional: images and runs behind it, runs_half (of `over_runs`), learned: all networks have
@@ -253,6 +254,45 @@ def draws(
     g = np.random.default_rng(seed)
     return np.stack([np.bincount(g.integers(n, size=n), minlength=n) for _ in range(replicates)]).astype(float)
 
+# %% ../nbs/11_claims.ipynb #3b4e4016
+def _spread_tail(ratio, a, b, true):
+    "Probability of a deviation that is larger, relative to the difference, than the measured `ratio`, where the true one is `true`."
+    k, df = 1/a + 1/b, a + b - 2
+    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)         # the difference is certain: chi-squared
+    return np.nan_to_num(special.ncfdtr(1, df, 1/(true*true*k), 1/(ratio*ratio*k)))         # NaN where it underflows: 0
+
+def spread_interval(
+    s:float,           # deviation of a run, of two kinds pooled
+    d:float,           # difference of their means
+    a:int, b:int,      # runs of each kind
+    level:float=.95
+) -> tuple:  # s/|d|, low, high
+    "Exact interval of deviation / difference, by the noncentral F distribution; low may be infinite: then no finite ratio is likely."
+    if not s or not d: return (0., 0., 0.) if d else (math.inf, math.inf, math.inf) if s else (math.nan, 0., math.inf)
+    ratio = s/abs(d)
+    def end(q):
+        "The true ratio at which a larger one than the measured has the probability q, which grows with it."
+        def excess(log): return _spread_tail(ratio, a, b, math.exp(log)) - q
+        low, high = math.log(ratio) - 6, math.log(ratio) + 12
+        return math.inf if excess(high) < 0 else math.exp(optimize.brentq(excess, low, high, xtol=1e-9))
+    return ratio, end((1 - level)/2), end((1 + level)/2)
+
+# %% ../nbs/11_claims.ipynb #d61704df
+def scheme_distances(
+    shares:pd.DataFrame   # scheme ('simple' or 'complex'), seed, data, bin, share: of the images in each bin
+) -> pd.DataFrame:  # data, bin, runs, schemes: half the absolute difference of shares; summed over bins, the total variation
+    "How far distributions lie apart, bin by bin: two runs of one scheme, and of different schemes; means over all pairs."
+    rows = []
+    for data, t in shares.groupby('data', sort=False):
+        runs = {s: u.pivot(index='seed', columns='bin', values='share').to_numpy() for s, u in t.groupby('scheme')}
+        def half(s, u): return np.abs(runs[s][:, None] - runs[u][None]).reshape(-1, runs[s].shape[1])/2
+        def others(s): return half(s, s)[~np.eye(len(runs[s]), dtype=bool).ravel()]
+        own = np.concatenate([others(s) for s in runs])
+        apart = half('simple', 'complex') if len(runs) == 2 else own[:0]
+        means = [v.mean(0) if len(v) else np.full(own.shape[1], np.nan) for v in (own, apart)]
+        rows += [dict(data=data, bin=b, runs=r, schemes=s) for b, r, s in zip(sorted(t.bin.unique()), *means)]
+    return pd.DataFrame(rows, columns=['data', 'bin', 'runs', 'schemes'])
+
 # %% ../nbs/11_claims.ipynb #9031a23b
 def _pooled(a, b):
     "Standard deviation of a run, from the runs of two kinds."
@@ -270,7 +310,8 @@ def difference_interval(
     return float(d), float(d - half), float(d + half)
 
 def judge_repeats(
-    means:pd.DataFrame   # arch, network, scheme, seed, data ('scenes' or 'objects'), mean: of the coverage ratio; learned (optional)
+    means:pd.DataFrame,            # arch, network, scheme, seed, data ('scenes' or 'objects'), mean: of the coverage ratio; learned (optional)
+    distances:pd.DataFrame=None    # of `scheme_distances`, with arch: stand beside the means in the evidence of C1
 ) -> pd.DataFrame:  # as `judge`; empty if no baseline was trained under both schemes
     "C1 and C2 from repeated runs of the baseline under two training schemes."
     rows, means = [], means[means.network == 'scenes']
@@ -280,20 +321,18 @@ def judge_repeats(
         runs = {d: [t[t.scheme == s].sort_values('seed')['mean'].to_numpy() for s in ('complex', 'simple')]
             for d, t in table.groupby('data')}
         a, b = runs['scenes']
-        df, d = len(a) + len(b) - 2, abs(a.mean() - b.mean())
+        df, d = len(a) + len(b) - 2, a.mean() - b.mean()
         if df > 0:
-            ratio = _pooled(a, b)/d if d else math.inf
-            low, high = (ratio*(df/stats.chi2.ppf(q, df))**.5 for q in (.975, .025))
+            ratio, low, high = spread_interval(_pooled(a, b), d, len(a), len(b))
             said, text = ('supported' if high < 1 else 'contradicted' if low > 1 else 'inconclusive',
                 f'deviation of a run / difference of the schemes: {ratio:.2f} [{low:.2f}, {high:.2f}], {len(a)} runs each')
-            def decided(n):
-                few, many = ((stats.chi2.ppf(q, 2*n - 2)/(2*n - 2))**.5 for q in (.025, .975))
-                return not few <= ratio <= many
+            def decided(n): return 0 < ratio < math.inf and not .025 <= _spread_tail(ratio, n, n, 1.) <= .975
         else:
             said, text = 'inconclusive', 'one run of each scheme says nothing about their spread'
             def decided(n): return n > 1
         learned = _learned(table)
-        if not learned: said, text = 'inconclusive', f'{text} (a network that has learned nothing)'
+        if distances is not None and arch in set(distances.arch): text += _in_words(distances[distances.arch == arch])
+        if not learned: said, text = 'inconclusive', f'{text} (a network that has not learned)'
         rows.append(dict(arch=arch, claim='C1', says='the focus area is stable over runs', evidence=text, verdict=said,
             takes=_runs_each(said, len(a), decided, learned), figure='fig1'))
         if 'objects' in runs:
@@ -307,6 +346,11 @@ def judge_repeats(
             rows.append(dict(arch=arch, claim='C2', says='the comparison of the schemes is the same on objects', evidence=text,
                 verdict=said, takes=_runs_each(said, len(a), decided, learned), figure='fig1'))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+def _in_words(distances):
+    "Distances of distributions on scenes, beside the means."
+    sums = distances[distances.data == 'scenes'][['runs', 'schemes']].sum(skipna=False)
+    return '' if sums.isna().any() else f'; distributions apart: runs {sums.runs:.2f}, schemes {sums.schemes:.2f} of the images'
 
 def _runs_each(said, had, decided, learned):
     "How many runs of each scheme it takes until `decided`, which takes their number."
@@ -370,21 +414,47 @@ def share_interval(
     a = (1 - level)/2
     return k/n, stats.beta.ppf(a, k, n - k + 1) if k else 0., stats.beta.ppf(1 - a, k + 1, n - k) if k < n else 1.
 
+def paired_shares(
+    a:np.ndarray,       # (N,) whether each image is of a kind
+    b:np.ndarray,       # the same under another network
+    level:float=.95
+) -> tuple:  # difference of the shares, low, high
+    "Interval of the difference of two shares of the same images (Bonett and Price)."
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    require(a.shape == b.shape and a.size, f'{a.shape} and {b.shape} values are not of the same images')
+    n = len(a); p, q = ((v.sum() + 1)/(n + 2) for v in (a & ~b, b & ~a))
+    half = stats.norm.ppf((1 + level)/2)*((p + q - (p - q)**2)/(n + 2))**.5
+    return a.mean() - b.mean(), p - q - half, p - q + half
+
+def image_kinds(
+    label:np.ndarray,                               # (N,)
+    baseline:pd.DataFrame, other:pd.DataFrame       # prediction, coverage: of the same images
+) -> dict:  # kind -> (N,) whether an image is of it
+    "The two kinds of images that C7 is about."
+    change = other.coverage.to_numpy() - baseline.coverage.to_numpy()
+    only = (baseline.prediction.to_numpy() == label) & (other.prediction.to_numpy() != label)
+    return {'shrink': change <= -CHANGE, 'right only with the baseline although enlarged': only & (change >= CHANGE)}
+
 def judge_images(
     arch:str,
     label:np.ndarray,                                # (N,)
     baseline:pd.DataFrame, pcl:pd.DataFrame,         # prediction, coverage: of the same images
-    learned:bool=True                                # both networks have
+    learned:bool=True,                               # all networks have
+    control:pd.DataFrame=None                        # as `pcl`, of a second baseline; None: no verdict
 ) -> pd.DataFrame:  # as `judge`
-    "C7: single images can shrink, and enlargement can mislead."
-    change, only = (pcl.coverage.to_numpy() - baseline.coverage.to_numpy(),
-        (baseline.prediction.to_numpy() == label) & (pcl.prediction.to_numpy() != label))
-    kinds = {'shrink': (change <= -CHANGE).sum(), 'right only with the baseline although enlarged': (only & (change >= CHANGE)).sum()}
-    text = '; '.join(f'{k}: {n} of {len(label)} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, len(label)))
-        for k, n in kinds.items())
+    "C7: single images can shrink, and enlargement can mislead, more often than between two baselines."
+    def share(v): return '{} of {} images, {:.1%} [{:.1%}, {:.1%}]'.format(v.sum(), len(v), *share_interval(v.sum(), len(v)))
+    kinds, of_seeds = image_kinds(label, baseline, pcl), image_kinds(label, baseline, pcl if control is None else control)
+    apart = {k: paired_shares(v, of_seeds[k]) for k, v in kinds.items()}
+    text = '; '.join(f'{k}: {share(v)}' + ('' if control is None else
+        f', {of_seeds[k].mean():.1%} between two baselines, ' + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k])) for k, v in kinds.items())
+    def rule(intervals): return joint_verdict(verdict(*i) for i in intervals)
+    rows = [SimpleNamespace(difference=d, low=low, high=high, images=len(label)) for d, low, high in apart.values()]
+    said = rule([(r.low, r.high) for r in rows]) if learned and control is not None else 'inconclusive'
+    takes = ('' if said != 'inconclusive' else UNLEARNED if not learned else 'a second run of the baseline' if control is None
+        else to_decide(rows, rule))
     return pd.DataFrame([dict(arch=arch, claim='C7', says='single images can shrink, and enlargement can bring in confusing features',
-        evidence=text, verdict='inconclusive' if not learned else 'supported' if all(kinds.values()) else 'contradicted',
-        takes='' if learned else UNLEARNED, figure='fig4')])
+        evidence=text if control is not None else f'an illustration: {text}', verdict=said, takes=takes, figure='fig4')])
 
 # %% ../nbs/11_claims.ipynb #925be805
 def activity_claims_of(
@@ -399,6 +469,12 @@ def activity_claims_of(
     }
 
 # %% ../nbs/11_claims.ipynb #fff22871
+def size_interval(
+    low:float, high:float   # interval of a difference
+) -> tuple:  # low, high
+    "Interval of the difference's size."
+    return max(low, -high, 0.), max(high, -low)
+
 def judge_shrinking(
     comparisons:pd.DataFrame,   # as in `judge`: scenes - objects at stage 4, of all architectures
     wide='resnet50'             # whose output dimension is large
@@ -407,17 +483,19 @@ def judge_shrinking(
     t = comparisons[(comparisons.a == 'scenes') & (comparisons.b == 'objects') & (comparisons.stage == 'stage4')].drop_duplicates('arch')
     rows = [r for r in t.itertuples() if _tells(r)]
     def rule(intervals):
-        (low, high), others = next(i for i, r in zip(intervals, rows) if r.arch == wide), [i for i, r in zip(intervals, rows) if r.arch != wide]
+        sizes = {r.arch: size_interval(*i) for i, r in zip(intervals, rows)}
+        (low, high), others = sizes[wide], [s for a, s in sizes.items() if a != wide]
         if high < min(l for l, _ in others): return 'supported'
         return 'contradicted' if low > min(h for _, h in others) else 'inconclusive'
     enough = len(rows) > 1 and wide in {r.arch for r in rows}
     said, takes = _across(rows, rule) if enough else ('inconclusive', f'Figure 6 of {wide} and another network, both of which have learned')
-    text = '; '.join(f'{r.arch}: {_numbers(r)}' for r in rows) or 'not measured'
+    def size(r): return '|{:+.1%}| [{:.1%}, {:.1%}]'.format(r.difference, *size_interval(r.low, r.high))
+    text = '; '.join(f'{r.arch}: {size(r)}' for r in rows) or 'not measured'
     return pd.DataFrame([dict(arch='all', claim='C11', says='the difference of C10 shrinks in ResNet50', evidence=text, verdict=said,
         takes=takes, figure='fig6')])
 
 # %% ../nbs/11_claims.ipynb #cd0773ae
-TABLES = 'erf_comparisons_', 'focus_coverage', 'focus_comparisons', 'fig4_claims_', 'table1', 'relu_comparisons'     # what `judge_tables` reads
+TABLES = 'erf_comparisons_', 'focus_coverage', 'focus_comparisons', 'fig1_distances', 'fig4_claims_', 'table1', 'relu_comparisons'     # what `judge_tables` reads
 
 def judge_tables(
     tables:dict,         # name of a result -> DataFrame: those of all experiments, others are ignored
@@ -428,7 +506,7 @@ def judge_tables(
     for name, t in tables.items():
         if name.startswith('erf_comparisons_'): found.append(judge_erf(t, margin)); joint.append(t)
     if joint: found.append(judge_shrinking(pd.concat(joint, ignore_index=True)))
-    if 'focus_coverage' in tables: found.append(judge_repeats(tables['focus_coverage']))
+    if 'focus_coverage' in tables: found.append(judge_repeats(tables['focus_coverage'], tables.get('fig1_distances')))
     if 'focus_comparisons' in tables: found += [judge(tables['focus_comparisons'], focus_claims_of, margin), judge_gains(tables['focus_comparisons'])]
     found += [t for name, t in tables.items() if name.startswith('fig4_claims_')]
     if 'table1' in tables: found.append(judge_target(tables['table1']))
