@@ -198,6 +198,29 @@ class StagedClassifier(nn.Module):
         require(found := self._convolution(stage), f"{stage} has no nn.Conv2d before its end; relu='conv' needs one")
         return found
 
+    def stage_readings(self,
+        x:Tensor,            # (B,3,H,W), normalised
+        stage:str,           # a name in `stages`
+        of                   # function of feature maps (B,K,h,w)
+    ) -> dict:  # reading, a name in `RELU` -> what `of` gives
+        "`of(stage_features(x, stage, relu))` for every reading, from one forward pass; from two if the stage does not end with its last ReLU."
+        (name, nth), (relu, nth_relu), found, calls = self.last_convolution(stage), self._last_relu[stage] or ('', 0), {}, Counter()
+        def conv(module, args, output):
+            calls['conv'] += 1
+            if calls['conv'] == nth: found['conv'] = of(output)
+        def before(module, args):
+            calls['relu'] += 1
+            if calls['relu'] == nth_relu: found['before'] = of(args[0])
+        def rectified(module, args, output):
+            if calls['relu'] == nth_relu: found['end'] = output
+        def end(module, args, output):
+            if found.pop('end', None) is not output: found.pop('before', None)
+            found['after'] = of(self.stage_end(stage, output)); raise _Reached
+        act = self.net.get_submodule(relu)
+        with contextlib.suppress(_Reached), _hooked((self.net.get_submodule(name).register_forward_hook, conv), (act.register_forward_pre_hook, before),
+            (act.register_forward_hook, rectified), (self._stage(stage).register_forward_hook, end)): self.net(x)
+        return {r: found[r] if r in found else of(self.stage_features(x, stage, r)) for r in RELU}
+
     def stage_head(self,
         stage:str  # a name in `stages`
     ) -> nn.Linear:
