@@ -9,10 +9,12 @@ __all__ = ['CENTERS', 'VIEWS', 'STATISTICS', 'SHARED', 'image_gradient', 'center
 
 # %% ../nbs/09_erf.ipynb #c00e60c2
 import contextlib
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet
 
 from .core import Progress, brief, choose, generator, is_real, is_whole, repeatable, require, usable_device
 from .data import batches, fingerprint
@@ -270,6 +272,20 @@ def _shared_impacts(model, x, stage, center, relu, shared):
 
 
 # %% ../nbs/09_erf.ipynb #5d10c3a3
+@contextlib.contextmanager
+def _live_branches(model):
+    "Context manager: torchvision's residual blocks whose branch adds 0 pass on their shortcut alone; those with a stage's last convolution stay."
+    read = {model.last_convolution(s)[0].rpartition('.')[0] for s in model.stages}
+    def dead(block):
+        norm = {resnet.BasicBlock: 'bn2', resnet.Bottleneck: 'bn3'}.get(type(block))
+        return norm and 'forward' not in vars(block) and not any(t.any() for t in getattr(block, norm).parameters())
+    def passed(block, x): return (x if block.downsample is None else block.downsample(x)).relu()
+    blocks = [m for n, m in model.net.named_modules() if n not in read and dead(m)]
+    for m in blocks: m.forward = partial(passed, m)
+    try: yield
+    finally:
+        for m in blocks: del m.forward
+
 def reading_maps(
     model:StagedClassifier,
     images:Tensor,           # (N,3,H,W), normalised
@@ -280,7 +296,7 @@ def reading_maps(
 ) -> dict:  # reading, a name in `models.RELU` -> impact map (H,W), raw
     "What `impact_map` gives for each reading of the final convolution (U10)."
     total = dict.fromkeys(RELU, 0.)
-    with (frozen if shared else folded)(model), _light_stem(model), batch_statistics(model) if shared else contextlib.nullcontext():
+    with (frozen if shared else folded)(model), _live_branches(model), _light_stem(model), batch_statistics(model) if shared else contextlib.nullcontext():
         for x in _groups(images, shared) if shared else parts(images):
             x = placed(model, x).detach().requires_grad_()
             with torch.enable_grad(): values = model.stage_readings(x, stage, lambda f: center_value(f, center).sum())

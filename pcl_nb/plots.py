@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6', 'FIG7', 'FIG8', 'FIG9', 'FIG1', 'FIG2', 'FIG3',
-           'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'SEEN', 'impact_maps', 'histograms_by_data', 'histograms_by_method',
-           'histograms_by_loss', 'histograms_s4', 'focus_by_scheme', 'focus_by_network', 'evidence_by_rule',
-           'image_groups', 'activity_against_erf', 'accuracy_against_focus', 'speed_ratios', 'verdict_matrix',
-           'open_choices', 'impact_lines', 'impact_panel', 'explored']
+           'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'READINGS', 'SEEN', 'impact_maps', 'histograms_by_data',
+           'histograms_by_method', 'histograms_by_loss', 'histograms_s4', 'focus_by_scheme', 'focus_by_network',
+           'evidence_by_rule', 'image_groups', 'activity_against_erf', 'accuracy_against_focus', 'speed_ratios',
+           'verdict_matrix', 'open_choices', 'initialisation', 'impact_lines', 'impact_panel', 'explored']
 
 # %% ../nbs/10_plots.ipynb #e2e24812
 import matplotlib.pyplot as plt
@@ -330,6 +330,47 @@ def open_choices(
             ax.tick_params(length=2)
             ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
     return fig
+
+# %% ../nbs/10_plots.ipynb #1a7e0102
+READINGS = {'after': BLUE, 'before': GREEN, 'conv': ORANGE}
+_READINGS = {'after': 'after the last ReLU', 'before': 'before the last ReLU', 'conv': 'the last convolution'}
+_STATISTICS = {'stored': 'stored (0, 1)', 'calibrated': 'calibrated on the images', 'batch': 'batch (training mode)'}
+
+def _share_panel(ax, rows, archs, small, least):
+    "Bars of the 90-bin view, ticks of the 70-bin view."
+    for k, (reading, colour) in enumerate(READINGS.items()):
+        for view, width in (('90 bins', .26), ('70 bins', .2)):
+            mine = rows[(rows.reading == reading) & (rows.view == view)]
+            x, y = [archs.index(a) + .27*(k - 1) for a in mine.arch], (100*mine.share).clip(lower=least)
+            if view == '90 bins': ax.bar(x, y - least, width, bottom=least, color=colour)
+            else: ax.hlines(y, [v - width/2 for v in x], [v + width/2 for v in x], color='black', lw=.8)
+    ax.axhline(100*small, color=RED, lw=.8, ls='--')
+    worst = rows[rows.view == '90 bins'].groupby('reading').share.max()
+    below = ', '.join(r for r in READINGS if r in worst and worst[r] < small)
+    ax.text(.5, .97, f'all below: {below}' if below else '', transform=ax.transAxes, ha='center', va='top', size=7, color=RED)
+    ax.set(yscale='log', ylim=(least, 300), yticks=[.01, .1, 1, 10, 100], yticklabels=['.01', '.1', '1', '10', '100'])
+    ax.set_xticks(range(len(archs)), [_title(a) for a in archs], rotation=30, ha='right'); ax.tick_params(length=2); ax.minorticks_off()
+
+def initialisation(
+    table:pd.DataFrame,   # arch, init, statistics, reading, stage, view, share
+    small:float=.05       # share of the image below which an ERF counts as small
+) -> Figure:
+    "ERF of initialised networks as share of the image, by initialisation, statistics and reading."
+    archs, statistics = _archs(table), [s for s in _STATISTICS if s in set(table.statistics)]
+    panels = list(dict.fromkeys(zip(table.stage, table.init)))
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(len(panels), len(statistics), figsize=(.5*len(archs)*len(statistics) + 2, 1.5*len(panels) + .8), squeeze=False,
+            sharex=True, sharey=True)
+        for line, (stage, init) in zip(axes, panels):
+            for ax, s in zip(line, statistics):
+                _share_panel(ax, table[(table.stage == stage) & (table.init == init) & (table.statistics == s)], archs, small, .005)
+            line[0].set_ylabel(f"{init}\n{stage.replace('stage', 'stage ')}: % of image")
+        for ax, s in zip(axes[0], statistics): ax.set_title(_STATISTICS[s])
+        marks = [plt.Rectangle((0, 0), 1, 1, color=c, label=_READINGS[r]) for r, c in READINGS.items()]
+        lines = [plt.Line2D([], [], color='black', lw=.8, label='70-bin view'), plt.Line2D([], [], color=RED, lw=.8, ls='--', label=f'small: {small:.0%}')]
+        fig.legend(handles=marks + lines, loc='outside lower center', ncols=5)
+    return fig
+
 
 # %% ../nbs/10_plots.ipynb #62baea07
 SEEN = 'image', 'CAM', 'focus area', 'erased', 'impact map'

@@ -60,16 +60,15 @@ def plan(
     for a in archs: choose(a, ARCHS, 'architecture')
     given = {**(PAPER_DATA if profile == 'paper' else {}), **{k: v for k, v in given.items() if v is not None}}
     jobs, small = {}, there['reduced'] if reduced else {}
-    archs = archs or small.get('archs', ())
     for name in only or small.get('figures') or there['figures']:
         f = there['figures'][choose(name, there['figures'], 'figure or table')]
         if f.get('concepts') and not is_drawn(given.get('scenes') or 'concept_scenes'):
             require(name not in only, f'{name} needs concept data: photographs do not say where the evidence is; leave it out, or --scenes')
             continue
         e = there['experiments'][f['experiment']]
-        paper = f.get('archs', ARCHS)
-        if 'choose' in e or not archs: mine = [a for a in ARCHS if a in (archs or paper)]
-        else: mine = [a for a in paper if a in archs] or list(archs)
+        paper, few = f.get('archs', ARCHS), archs or (() if f.get('untrained') else small.get('archs', ()))
+        if 'choose' in e or not few: mine = [a for a in ARCHS if a in (few or paper)]
+        else: mine = [a for a in paper if a in few] or list(few)
         fits = e.get('sizes', {})
         common = {'profile': profile, **fits.get('reduced' if reduced else '', {}), **fits.get(profile, {}),
             **{k: v for k, v in given.items() if k in e['takes']}}
@@ -152,9 +151,10 @@ def _receipt(job, needs, folder):
     code = [hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted(Path(sys.modules[InputError.__module__].__file__).parent.glob('*.py'))]
     weights = {r.key: json.loads((runs_dir()/r.key/'run.json').read_text())['sha256'] for r in needs.values()}
-    data = [fingerprint(d, r.size, r.train, r.val, r.data_seed)
-        for d, r in {d: r for r in needs.values() for d in (r.data, job.parameters.get('scenes', ''), job.parameters.get('objects', ''))
-            if d and not is_drawn(d)}.items()]
+    told = [job.parameters.get(name, '') for name in ('scenes', 'objects')]
+    found = {d: fingerprint(d, *of) for d, of in {**{d: (224, 0, 0, 0) for d in told},            # photographs: of no size
+        **{d: (r.size, r.train, r.val, r.data_seed) for r in needs.values() for d in (r.data, *told)}}.items() if d and not is_drawn(d)}
+    data = [*found.values()]
     return runs_dir()/'done'/f'{digest([source, code, weights, data, job.parameters, str(Path(folder).resolve()), versions()])}.json'
 
 def _sums(job, folder):
@@ -266,7 +266,7 @@ def entries(
     return found
 
 def _title(id):
-    return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'choices': 'Open choices',
+    return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'initialisation': 'Initialisation', 'choices': 'Open choices',
         'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
 
 def _ours(said, id):
@@ -370,10 +370,10 @@ def estimate(
 def _parser():
     p = argparse.ArgumentParser(prog='pcl-reproduce', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Regenerate figures and tables: train what is missing, run the notebooks, check their results. Given again after an interruption, it goes on where it was.',
-        epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
+        epilog='figures and tables: fig1 ... fig9, table1, evidence, initialisation, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
-    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for ResNet18, one run of each network')
+    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for ResNet18, one run of each network, and the initialisation')
     p.add_argument('--scenes',
         help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
     p.add_argument('--objects',

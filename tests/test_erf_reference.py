@@ -54,6 +54,36 @@ def test_map_is_the_mean_of_single_gradients(arch, stage):
     torch.testing.assert_close(erf.impact_map(model, images, stage=stage, batch_size=2), naive, rtol=1e-9, atol=1e-9*naive.max().item())
 
 
+LAST = {   # the last convolution of stages 3 and 4, by name
+    'shufflenet_v2_x1_5': ('stage3.7.branch2.5', 'conv5.0'), 'resnet18': ('layer3.1.conv2', 'layer4.1.conv2'),
+    'resnet34': ('layer3.5.conv2', 'layer4.2.conv2'), 'resnet50': ('layer3.5.conv3', 'layer4.2.conv3'),
+    'densenet121': ('features.denseblock3.denselayer24.conv2', 'features.denseblock4.denselayer16.conv2')}
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_literal_reading_is_of_the_last_convolution(arch):
+    "With relu='conv' the map is that of the last convolution's own output: batch normalisation after it does not count."
+    model, images = random_model(arch), random_images(3)
+    for stage, name in zip(('stage3', 'stage4'), LAST[arch]):
+        model.stages[f'{stage} end'] = name
+        naive = naive_impact(model, images, f'{stage} end')
+        del model.stages[f'{stage} end']
+        fast = erf.impact_map(model, images, stage=stage, relu='conv', batch_size=2)
+        assert naive.max() > 0
+        torch.testing.assert_close(fast, naive, rtol=1e-9, atol=1e-9*naive.max().item())
+
+
+def test_initialised_networks_at_published_width():
+    "Without training, on noise: a hundredth of a percent in ResNet18 whose blocks start as the identity, most of the image in training mode."
+    images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    def share(arch, init, shared=0):
+        torch.manual_seed(0)
+        size = erf.erf_size(erf.impact_histogram(erf.impact_map(models.create_model(arch, 365, init=init), images, shared=shared)))
+        return 100*size.item()/224**2
+    assert abs(share('resnet18', 'zero_residual') - .24) < .02 and abs(share('resnet18', 'zero_residual', 8) - .24) < .02
+    assert abs(share('shufflenet_v2_x1_5', 'torchvision') - 6) < 2 and abs(share('resnet18', 'torchvision', 8) - 70) < 2
+
+
 def small_net():
     "Two convolutions, the second one followed by a ReLU that ends the stage; then pooling and the head."
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(),

@@ -1,0 +1,90 @@
+"""initialisation.ipynb as a user runs it, at the smallest profile."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from conftest import NBS, check, papermill, printed
+from pcl_nb import core, data, erf, models, reproduce, runs
+
+NOTEBOOK = NBS/'initialisation.ipynb'
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    "One architecture, then another one in the same folder."
+    folder = tmp_path_factory.mktemp('initialisation')
+    for arch in ('resnet18', 'shufflenet_v2_x1_5'):
+        done = papermill(NOTEBOOK, folder, profile='smoke', archs=arch)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke',
+        table=pd.read_csv(folder/'figures'/'smoke'/'initialisation.csv'), said=printed(folder/'executed.ipynb'))
+
+
+def test_every_combination_is_measured(smoke):
+    "Architectures x initialisations x statistics x readings x views; what has the same weights has the same share; nothing is trained."
+    assert len(smoke.table) == 2*3*3*3*2 and smoke.table.share.between(0, 1).all() and not smoke.table.duplicated().any()
+    wide = smoke.table.pivot(index=['arch', 'statistics', 'reading', 'view'], columns='init', values='share')
+    assert (wide.zero_residual == wide.torchvision)['shufflenet_v2_x1_5'].all() and (wide.zero_residual < wide.torchvision)['resnet18'].all()
+    assert not any((smoke.folder/'runs').glob('*/run.json'))
+    about = json.loads((smoke.results/'initialisation.json').read_text())
+    assert about['runs'] == {} and {'settings', 'parameters', 'versions', 'cpu_seconds'} <= set(about)
+    assert (smoke.results/'initialisation.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('statistics', erf.STATISTICS)
+def test_share_is_that_of_impact_map(smoke, statistics):
+    "A row is the ERF size of the network that its columns name, on the images that the notebook says."
+    P = dict(size=64, scenes='concept_scenes', profile='smoke')
+    like, stats = runs.recipe_of('init', 'resnet18', P), data.channel_stats(data.load('concept_scenes', 'train', 64, 6))
+    x = torch.cat([x for x, _ in runs.random_batches('concept_scenes', 6, like, stats, 6, 0)])
+    with core.seeded('model', 0): model = models.create_model('resnet18', 16, width=.25, init='torchvision')
+    if statistics == 'calibrated': erf.calibrate(model, [x])
+    rows = smoke.table[(smoke.table.arch == 'resnet18') & (smoke.table.init == 'torchvision') & (smoke.table.statistics == statistics)]
+    for r in rows.itertuples():
+        impact = erf.impact_map(model, x, relu=r.reading, shared=erf.SHARED if statistics == 'batch' else 0)
+        assert abs(erf.erf_size(erf.impact_histogram(impact), erf.VIEWS[int(r.view[:2])]).item()/64**2 - r.share) < .003, r
+
+
+def test_text_follows_from_the_table(smoke):
+    "The combinations that are named are those in which every network's share is below the limit."
+    first = smoke.table[smoke.table.view == '90 bins'].groupby(['init', 'statistics', 'reading'], sort=False).share.max()
+    line = next(l for l in smoke.said.splitlines() if l.startswith('stage4: below 5% of the image in all 2 networks with'))
+    named = line.partition(' with ')[2]
+    assert named == ('; '.join(' '.join(k) for k in first[first < .05].index) or 'none')
+    done = papermill(NOTEBOOK, smoke.folder, profile='smoke', archs='resnet18', small=1)
+    assert done.returncode == 0 and printed(smoke.folder/'executed.ipynb').count('; ') >= 26, 'all 27 combinations are below the whole image'
+
+
+@pytest.mark.parametrize('name, value, named', [
+    ('inits', 'kaiming', 'valid: zero_residual, torchvision, pytorch'), ('statistics', 'running', 'valid: stored, calibrated, batch'),
+    ('shared', 1, 'is not a whole number from 2 to 1024'), ('width', 0., 'is not a number from 0.05'), ('small', 2., 'is not a number from 0 to 1'),
+    ('stages', 'stage5', 'valid: stage3, stage4')])
+def test_bad_value_is_refused_in_one_line(name, value, named):
+    "The message names the parameter and what is valid."
+    with pytest.raises(core.InputError) as raised: check(NOTEBOOK, **{name: value})
+    assert named in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_reproduced_without_training(tmp_path, capsys):
+    "`pcl-reproduce --only initialisation` runs it, and leaves it out the second time."
+    command = ['--only', 'initialisation', '--profile', 'smoke', '--archs', 'resnet18', '--out', str(tmp_path/'out'), '--quiet']
+    for state in ('done', 'up to date'):
+        assert reproduce.main(command) == 0
+        said = capsys.readouterr().out
+        assert '0 networks, 0 to be trained' in said and state in said
+    assert np.isfinite(pd.read_csv(tmp_path/'out'/'initialisation.csv').share).all()
+
+
+def test_changed_photographs_are_seen(tmp_path):
+    "Without networks, too, a result depends on its images."
+    def receipt(shade):
+        for split in ('train', 'val'):
+            (tmp_path/'photos'/split/'a').mkdir(parents=True, exist_ok=True)
+            to_pil_image(torch.full((3, 40, 40), shade/255)).save(tmp_path/'photos'/split/'a'/f'{shade}.png')
+        return reproduce._receipt(reproduce.Job('initialisation', dict(scenes=f"folder:{tmp_path/'photos'}")), {}, tmp_path)
+    assert receipt(10) != receipt(20)
