@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.data.loading_rates': ('data.html#loading_rates', 'pcl_nb/data.py'),
                              'pcl_nb.data.main': ('data.html#main', 'pcl_nb/data.py'),
                              'pcl_nb.data.make_photographs': ('data.html#make_photographs', 'pcl_nb/data.py'),
+                             'pcl_nb.data.overlooked': ('data.html#overlooked', 'pcl_nb/data.py'),
                              'pcl_nb.data.pack': ('data.html#pack', 'pcl_nb/data.py'),
                              'pcl_nb.data.parse_name': ('data.html#parse_name', 'pcl_nb/data.py'),
                              'pcl_nb.data.pick': ('data.html#pick', 'pcl_nb/data.py'),
