@@ -250,7 +250,7 @@ def coupled_impacts(
     center:str='floor',
     relu:str='after'
 ) -> Coupling:
-    "Each image's impact with and without batch normalisation's coupling; one backward pass an image for the coupled one (appendix D.3)."
+    "Each image's impact with and without batch normalisation's coupling, by one backward pass an image (appendix D.3)."
     choose(stage, staged(model).stages, 'stage')
     require(len(image_batch(images)) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
     p = next(model.parameters())
