@@ -512,7 +512,8 @@ def judge_shrinking(
         takes=takes, figure='fig6')])
 
 # %% ../nbs/11_claims.ipynb #cd0773ae
-TABLES = 'erf_comparisons_', 'focus_coverage', 'focus_comparisons', 'fig4_claims_', 'table1', 'relu_comparisons', 'relu_activity'     # what `judge_tables` reads
+TABLES = ('erf_comparisons_', 'focus_coverage', 'focus_comparisons', 'fig4_claims_', 'table1', 'relu_comparisons',
+    'relu_activity')     # what `judge_tables` reads
 
 def judge_tables(
     tables:dict,         # name of a result -> DataFrame: those of all experiments, others are ignored
