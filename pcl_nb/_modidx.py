@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                             'pcl_nb.erf.interval': ('erf.html#interval', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.relative_size': ('erf.html#relative_size', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.stored_activity': ('erf.html#stored_activity', 'pcl_nb/erf.py'),
+                            'pcl_nb.erf.stored_coupling': ('erf.html#stored_coupling', 'pcl_nb/erf.py'),
                             'pcl_nb.erf.stored_replicates': ('erf.html#stored_replicates', 'pcl_nb/erf.py')},
             'pcl_nb.explore': { 'pcl_nb.explore.Erased': ('explore.html#erased', 'pcl_nb/explore.py'),
                                 'pcl_nb.explore.Explorer': ('explore.html#explorer', 'pcl_nb/explore.py'),

@@ -6,7 +6,7 @@
 __all__ = ['CENTERS', 'VIEWS', 'IMAGES_FROM', 'STATISTICS', 'image_gradient', 'center_value', 'impact_replicates', 'impact_map',
            'impact_histogram', 'erf_size', 'interval', 'images_of', 'relative_size', 'batch_statistics',
            'constant_batch_statistics', 'Coupling', 'coupled_impacts', 'calibrate', 'stored_replicates',
-           'activity_table', 'stored_activity']
+           'stored_coupling', 'activity_table', 'stored_activity']
 
 # %% ../nbs/09_erf.ipynb #c00e60c2
 import contextlib
@@ -312,6 +312,30 @@ def stored_replicates(
         return dict(impact=impact.cpu(), replicates=reps.cpu())
     found = stored(recipe, 'impact', settings, ('data', 'models', 'runs', 'erf'), measure, device, progress)
     return torch.from_numpy(found['impact']), torch.from_numpy(found['replicates'])
+
+# %% ../nbs/09_erf.ipynb #43a17f25
+def stored_coupling(
+    recipe,                  # of the run
+    data:str,                # whose validation images
+    images:int,              # how many, drawn at random; all if there are fewer
+    *,
+    val:int=0,               # validation images to draw from (concept data)
+    stage:str='stage4', center:str='floor', relu:str='after',
+    batch:int=16,            # images that share their statistics
+    seed:int=0,              # which images
+    device=None
+) -> Coupling:  # of all images, in full batches; in one smaller batch if there are fewer than `batch`
+    "The three passes of a run, from its folder; measured and stored there first if they have to be."
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu,
+        batch=batch, seed=seed)
+    def measure(fitted):
+        model = fitted.model.to(usable_device(device))
+        x = torch.cat([x for x, _ in random_batches(data, images, recipe, fitted.stats, val, seed)])
+        x = x[:len(x)//batch*batch] if len(x) > batch else x
+        passes = [coupled_impacts(model, part, stage=stage, center=center, relu=relu) for part in x.split(batch)]
+        return {name: torch.cat(found).cpu() for name, found in zip(Coupling._fields, zip(*passes))}
+    found = stored(recipe, 'coupling', settings, ('data', 'models', 'runs', 'erf'), measure, device)
+    return Coupling(**{name: torch.from_numpy(found[name]) for name in Coupling._fields})
 
 # %% ../nbs/09_erf.ipynb #1ac3cbe7
 @torch.no_grad()
