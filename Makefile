@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-figures: $(READY)  ## Figures 1 to 9 and Table 1 for two architectures, few runs; ARGS="--archs resnet50" ...
+figures: $(READY)  ## Figures 1 to 9 and Table 1 for ResNet18, one run of each network; ARGS="--archs resnet50" ...
 	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
 
 figures-all: $(READY)  ## every figure and table, five architectures, three runs where the paper repeats: 72 minutes on two cores

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
-           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'LARGEST', 'SKIP', 'SMALL_CAP', 'PUBLISHED', 'PUBLISHED_SIZES', 'DATA',
-           'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet', 'draw_concepts', 'folder_files',
-           'decode', 'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count',
-           'parse_name', 'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes',
-           'draw_crops', 'crop_boxes', 'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches',
-           'pick', 'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates',
-           'unreadable', 'leave_out', 'main']
+           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'LARGEST', 'SKIP', 'SPLITS', 'SMALL_CAP', 'PUBLISHED',
+           'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet',
+           'draw_concepts', 'left_behind', 'walk', 'images_below', 'alike', 'folder_files', 'decode', 'OnDisk', 'Files',
+           'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name', 'check_data',
+           'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops', 'crop_boxes',
+           'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches', 'pick', 'evidence', 'Packed',
+           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'unreadable', 'overlooked',
+           'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
-import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shutil, sys, tempfile, time
+import argparse, collections, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shlex, shutil, sys, tempfile, time, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -215,56 +216,168 @@ def draw_concepts(
     labels = torch.arange(n) % len(classes)
     return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, classes, torch.from_numpy(where))
 
-# %% ../nbs/01_data.ipynb #ceb9d7d8
+# %% ../nbs/01_data.ipynb #5d1a0c02
 SKIP = 'skip.txt'        # in a folder: names of its files that are left out, a line each
+SPLITS = dict(train=(('train',), ('training',)), val=(('val',), ('validation', 'valid'), ('test',)))    # folders' names
 
-def _left_out(path):
-    "The files that a folder's list leaves out."
-    file = Path(path)/SKIP
-    return {Path(path)/n for n in os.fsdecode(file.read_bytes()).splitlines() if n.strip()} if file.is_file() else set()
+def left_behind(
+    name:str  # of a file or folder
+) -> bool:
+    "True for what tools leave in a folder (`.ipynb_checkpoints`, `._1.jpg`, `__MACOSX`): neither an image nor a class."
+    return name.startswith('.') or name in ('__MACOSX', '@eaDir')
 
-_LISTED = {}            # folder of a split, as given and absolute -> when each folder in it changed last, what was found
+def _is_image(name): return os.path.splitext(name)[1].lower() in IMG_EXTENSIONS
+
+def _split_folder(path, split):
+    "The folder of a split by the first of its names that exists; PATH/SPLIT if none does."
+    folders = sorted(d for d in Path(path).iterdir() if d.is_dir()) if Path(path).is_dir() else ()
+    for names in SPLITS[split]:
+        found = [d for d in folders if d.name in names] or [d for d in folders if d.name.casefold() in names]
+        if len(found) > 1:
+            mend = shlex.join(['ln', '-s', found[0].name, str(Path(path)/split)])
+            raise InputError(f'folder {str(path)!r} has {found[0].name}/ and {found[1].name}/; '
+                f'choose one as {split}/: {mend}')
+        if found: return found[0]
+    return Path(path)/split
+
+# %% ../nbs/01_data.ipynb #5d1a0c03
+def walk(
+    folder  # to start from
+):  # yields path of a folder, names of the folders and of the files in it
+    "`os.walk`, links followed, without what tools leave behind; `InputError` names a bad link or folder."
+    def refuse(e): raise InputError(f'folder {e.filename!r} cannot be read: {e.strerror}')
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:], names = ([n for n in part if not left_behind(n)] for part in (folders, names))
+        others = (os.path.join(here, n) for n in (*folders, *names) if not _is_image(n))
+        for link in filter(os.path.islink, others):
+            require(os.path.exists(link), f'{link!r} is a link that leads nowhere; remove it')
+            above = any(os.path.samefile(link, f) for f in (here, *Path(here).parents))
+            require(not above, f'{link!r} leads to a folder that it lies in; remove it')
+        yield here, folders, names
+
+def images_below(
+    folder
+) -> list:  # sorted paths
+    "The image files in a folder and in all folders below it."
+    return sorted(Path(here)/n for here, _, names in walk(folder) for n in names if _is_image(n))
+
+# %% ../nbs/01_data.ipynb #5d1a0c05
+_LISTED = {}            # folder of a split, as given and absolute -> when its folders changed last, what was found
 
 def _listed_images(base):
-    "name -> image files below each class folder, zero bytes between them, by the parts of their names; as found before where no folder has changed since."
+    "Path of a class folder (topmost that holds an image) -> its image files in order, zero bytes between them."
     def changed(d): return os.stat(d).st_mtime_ns
     key = base, base.absolute()                                          # a relative one is another elsewhere
     stamps, found = _LISTED.get(key, ({}, {}))
     with contextlib.suppress(OSError):
         if stamps and all(changed(d) == t for d, t in stamps.items()): return found
     stamps, found = {base: changed(base)}, {}
-    for d in sorted(base.iterdir()):
-        if not d.is_dir(): continue
-        files = []
-        for here, folders, names in os.walk(d):
-            stamps[here] = changed(here)
-            files += [os.path.join(here, n) for n in (*folders, *names) if os.path.splitext(n)[1].lower() in IMG_EXTENSIONS]
-        found[d.name] = b'\0'.join(map(os.fsencode, sorted(files, key=lambda f: f.split(os.sep))))          # a tenth of what paths take
-    if time.time_ns() - max(stamps.values()) > 2e9: _LISTED[key] = stamps, found                            # else the next change could bear the same time
+    for d in sorted(d for d in base.iterdir() if not left_behind(d.name)):
+        require(not d.is_symlink() or d.exists(), f'{str(d)!r} is a link that leads nowhere; remove it')
+        if d.is_dir(): _add_images(str(d), found, lambda here: stamps.update({here: changed(here)}))
+    def by_parts(names): return sorted(names, key=lambda n: n.split(os.sep))
+    found = {Path(c).relative_to(base).as_posix(): b'\0'.join(map(os.fsencode, by_parts(found[c])))
+        for c in by_parts(found)}                                        # a tenth of what paths take
+    if time.time_ns() - max(stamps.values()) > 2e9: _LISTED[key] = stamps, found   # the next change may bear it
     return found
+
+def _add_images(folder, found, visit):
+    "Add the class folders at or below a folder, with their images, to `found`; call `visit` for each folder."
+    owner = {}                                                           # folder -> the class folder that it is in
+    for here, folders, names in walk(folder):
+        visit(here)
+        owner[here] = owner.get(os.path.dirname(here)) or (here if any(map(_is_image, names)) else None)
+        if owner[here]: names = *folders, *names
+        elif folders: continue                                           # only a part of the names
+        found.setdefault(owner[here] or here, []).extend(os.path.join(here, n) for n in names if _is_image(n))
+
+# %% ../nbs/01_data.ipynb #5d1a0c06
+def _left_out(path):
+    "The files that a folder's list leaves out."
+    file = Path(path)/SKIP
+    return {Path(path)/n for n in os.fsdecode(file.read_bytes()).splitlines() if n.strip()} if file.is_file() else set()
+
+def _lacking(path, split):
+    "`InputError` for a folder without a split: where the split is, or what to do."
+    def has(d): return _split_folder(d, split).is_dir()
+    path, mend = Path(path), 'it needs train/ and val/ with one folder a class'
+    folders = sorted(d for d in path.iterdir() if d.is_dir() and not left_behind(d.name))
+    inner = [d for d in (*folders, path.absolute().parent) if has(d)]
+    classes = [d.name for d in folders if any(map(_is_image, os.listdir(d)))]
+    if any(_split_folder(path, s).is_dir() for s in SPLITS):
+        if split == 'val': mend += '; validation/, valid/ or test/ are read as val/'
+    elif inner: mend = f'{str(inner[0])!r} has: give folder:{inner[0]}'
+    elif classes: mend = (f"its class folders ({', '.join(classes[:3] + ['...']*(len(classes) > 3))}) are in neither: "
+        f'move some images of each to {path}/val/CLASS/, the others to {path}/train/CLASS/')
+    raise InputError(f'folder {str(path)!r} has no {split}/; {mend}')
 
 def _class_folders(path, split):
-    "name -> image files of one split as in `_listed_images`, checked."
-    base = Path(path)/split
+    "Class folders of one split and their images, as in `_listed_images`, less what the folder's list leaves out."
     require(Path(path).is_dir(),
         f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
-    require(base.is_dir(), f'folder {str(path)!r} has no {split}/; it needs train/ and val/ with one folder a class')
-    for d in base.iterdir(): require(not d.is_symlink() or d.exists(), f'{str(d)!r} is a link that leads nowhere; remove it')
+    base = _split_folder(path, split)
+    if not base.is_dir(): _lacking(path, split)
     skip, found = {os.fsencode(f) for f in _left_out(path)}, _listed_images(base)
     if skip: found = {name: b'\0'.join(f for f in files.split(b'\0') if f not in skip) for name, files in found.items()}
-    require(found, f'folder {str(base)!r} is empty; it needs one folder of images a class')
-    for name, files in found.items():
-        require(files, f'class folder {str(base/name)!r} holds no image; endings read: {" ".join(IMG_EXTENSIONS)}')
+    lacks = 'holds no class folder' if any(base.iterdir()) else 'is empty'
+    require(found, f'folder {str(base)!r} {lacks}; it needs one folder of images a class')
     return found
 
+# %% ../nbs/01_data.ipynb #5d1a0c07
+def _whole(found):
+    "Class folders joined to those at the top."
+    if not any('/' in c for c in found): return found
+    joined = {}
+    for c, files in found.items(): joined.setdefault(c.split('/')[0], []).append(files)
+    return {c: b'\0'.join(filter(None, files)) for c, files in joined.items()}
+
+def _read_alike(path, splits):
+    "The class folders of all splits: nested ones by their path, or joined to those at the top."
+    shared = [c for c in set.intersection(*map(set, splits.values())) if '/' in c]
+    top = {s: next((c for c, files in found.items() if files and '/' not in c), None) for s, found in splits.items()}
+    if not shared or all(top.values()): return {s: _whole(found) for s, found in splits.items()}
+    for s, c in top.items():
+        require(c is None, f'folder {str(path)!r}: {_split_folder(path, s).name}/{c} holds images itself, '
+            f'but classes are nested, as {min(shared)!r} is; move these images into a class')
+    return splits
+
+def _plain(name): return unicodedata.normalize('NFC', name).casefold()
+
+def alike(
+    classes  # names
+) -> list:  # pairs of them
+    "Neighbours in the order without case whose names differ in case, or in their Unicode form, alone."
+    names = sorted(classes, key=_plain)
+    return [(a, b) for a, b in zip(names, names[1:]) if _plain(a) == _plain(b)]
+
+def _same_classes(path, train, val):
+    "The class folders of val, named and ordered as in train; `InputError` names one that is not in both."
+    lone, spelt = ([c for c in train if c not in val], [c for c in val if c not in train]), {}
+    for side, names in enumerate(lone):
+        for c in names: spelt.setdefault(_plain(c), ([], []))[side].append(c)
+    other = {a[0]: b[0] for a, b in spelt.values() if len(a) == len(b) == 1}     # name in train -> name in val
+    here, there = names = [f'{_split_folder(path, s).name}/' for s in SPLITS]
+    for side, matched, lacks in ((0, other.keys(), val), (1, other.values(), train)):
+        left = [c for c in lone[side] if c not in matched]
+        if not left: continue
+        like = [f', where {c!r} differs from it in case alone' for c in lacks if _plain(c) == _plain(left[0])]
+        more = f' (and {len(left) - 1} more)' if len(left) > 1 else ''
+        raise InputError(f'folder {str(path)!r}: class {left[0]!r} is not in both {here} and {there}: '
+            f"it is missing in {names[1 - side]}{''.join(like[:1])}{more}")
+    return {c: val[other.get(c, c)] for c in train} if other else val
+
+# %% ../nbs/01_data.ipynb #5d1a0c08
 def _checked_folder(path, split):
     "The class folders of one split, checked against the other split's."
-    alone = choose(split, ('train', 'val'), 'split') == 'val' and Path(path).is_dir() and not (Path(path)/'train').exists()      # nothing is to be trained
-    both = {s: _class_folders(path, s) for s in (('val',) if alone else ('train', 'val'))}
-    for here, there in (('train', 'val'), ('val', 'train')):
-        lone = sorted(set(both.get(here, both['val'])) - set(both.get(there, both['val'])))
-        require(not lone, f"folder {str(path)!r}: class {lone[0] if lone else ''!r} is not in both train/ and val/: it is missing in {there}/" + (f' (and {len(lone) - 1} more)' if len(lone) > 1 else ''))
-    return both[split]
+    choose(split, SPLITS, 'split')
+    alone = split == 'val' and Path(path).is_dir() and not _split_folder(path, 'train').is_dir()    # nothing to train
+    splits = _read_alike(path, {s: _class_folders(path, s) for s in (('val',) if alone else SPLITS)})
+    for s, found in splits.items():
+        for name, files in found.items():
+            where = str(_split_folder(path, s)/name)
+            require(files, f'class folder {where!r} holds no image; endings read: {" ".join(IMG_EXTENSIONS)}')
+    if not alone: splits['val'] = _same_classes(path, **splits)
+    return splits[split]
 
 def folder_files(
     path,        # folder that holds train/ and val/
@@ -277,6 +390,7 @@ def folder_files(
     files = [(Path(os.fsdecode(f)), i) for i, fs in enumerate(found.values()) for f in fs.split(b'\0')[:each]]
     return [f for f, _ in files], [i for _, i in files], tuple(found)
 
+# %% ../nbs/01_data.ipynb #ceb9d7d8
 @contextlib.contextmanager
 def _readable(path):
     "`InputError` names a file that is not an image, or not all of one."
@@ -442,12 +556,26 @@ def _read_list(name, file, known, classes):
     require(names, f'{name}: list file {str(file)!r} names no image')
     return names, labels
 
+class _ImageNet(ImageNet):
+    "torchvision's ImageNet without what tools leave behind."
+    def __init__(self, path, split):
+        base = len(os.path.join(path, split)) + 1
+        super().__init__(path, split, is_valid_file=lambda f: _is_image(f) and not any(map(left_behind, f[base:].split(os.sep))))
+
+    def find_classes(self, directory):
+        known = torch.load(Path(directory).parent/'meta.bin', weights_only=True)[0]
+        names = sorted(d.name for d in os.scandir(directory) if d.is_dir() and not left_behind(d.name))
+        require(names, f'{directory!r} holds no class folder; remove it and place ILSVRC2012_img_{self.split}.tar beside it: '
+            'torchvision sorts the images into class folders')
+        for n in names: require(n in known, f'{n!r} in {directory!r} is not a class of ImageNet; move it elsewhere')
+        return names, {n: i for i, n in enumerate(names)}
+
 def _imagenet(name, path, split):
     "base, names, labels, classes of ImageNet."
     tar = f'ILSVRC2012_img_{split}.tar'
     if not (Path(path)/'meta.bin').exists(): _needed(name, path, 'ILSVRC2012_devkit_t12.tar.gz', 'image-net.org, ILSVRC2012')
     if not (Path(path)/tar).exists(): _needed(name, path, f'{split}/', f'{tar}, which torchvision unpacks if it lies there')
-    d = _torchvision(name, lambda: ImageNet(path, split))
+    d = _torchvision(name, lambda: _ImageNet(path, split))
     wanted = len(torch.load(Path(path)/'meta.bin', weights_only=True)[0])
     require(len(d.wnids) == wanted, f'{name}: {d.split_folder!r} has {len(d.wnids)} of {wanted} class folders; unpack {tar} again')
     first = [c[0] for c in d.classes]
@@ -585,7 +713,7 @@ def load(
     return _load(kind, where, split, 0, n, 0)
 
 def _has_train(kind, where):
-    if kind == 'folder': return (Path(where)/'train').exists()
+    if kind == 'folder': return _split_folder(where, 'train').is_dir()
     try: return bool(len(_listed(kind, where, 'train', 0)))
     except InputError: return False
 
@@ -598,8 +726,10 @@ def _fingerprint(kind, where, px, n, seed):
             sample = draw_concepts(where, split, 32, px, seed)
             h.update(sample.images.numpy().tobytes()); h.update(sample.where.numpy().tobytes())
         elif kind == 'packed': h.update(repr((split, read_index(where)['source'], read_index(where)['edge'])).encode())
-        elif kind == 'folder' and _fits(files := folder_files(where, split, count)[0]):
-            for f in files: h.update(os.fsencode(f'{f.parent.name}/{f.name}')); h.update(f.read_bytes())
+        elif kind == 'folder' and _fits((listed := folder_files(where, split, count))[0]):
+            base, (files, _, classes) = _split_folder(where, split), listed
+            if any('/' in c for c in classes): h.update(repr(classes).encode())     # the same files could be fewer classes
+            for f in files: h.update(os.fsencode(f.relative_to(base).as_posix())); h.update(f.read_bytes())
         else:
             files, labels, classes = _listed(kind, where, split, count)
             h.update(files.digest(labels, classes).encode())
@@ -1050,7 +1180,7 @@ def make_photographs(
 ) -> str:  # name of the set, 'folder:OUT'
     "JPEG files of the size that ImageNet's or Places365's have, quality 90."
     rng = np.random.default_rng(0)
-    found = [f for f in sorted(resolve(source).rglob('*')) if f.suffix.lower() in IMG_EXTENSIONS] if source else []
+    found = images_below(resolve(source)) if source else []
     require(found or not source, f'{source!r} holds no image')
     drawn = None if found else draw_concepts('scenes', 'val', min(n, 64), 256).images.permute(0, 2, 3, 1).numpy()
     for i in range(n):
@@ -1097,7 +1227,7 @@ def loading_rates(
         streamed = ImageSet(*_listed(kind, where, 'train', 0))
         packed = _load_packed(pack(name, d, base_size(size), progress=False), 'train', 0)
         for scheme, train in cases:
-            loader = reference_loader(where/'train', scheme, size, batch, train, workers)
+            loader = reference_loader(_split_folder(where, 'train'), scheme, size, batch, train, workers)
             def ours(images): return lambda: batches(images, scheme, size, stats, batch, train, workers=workers)
             contestants = {'torchvision reference': lambda: loader, 'streamed': ours(streamed), 'packed': ours(packed)}
             rates = {what: [] for what in contestants}
@@ -1125,6 +1255,19 @@ def unreadable(
         said = list(Progress(pool.map(wrong, files), f'read {Path(path).name}', len(files), unit=' images', leave=False,
             disable=None if progress else True))
     return {f: w for f, w in zip(files, said) if w}, len(files)
+
+def overlooked(
+    path  # folder that holds train/ and val/
+) -> list:  # sentences
+    "Files of a folder that are no image of a class: by their endings, or since they lie in no class folder."
+    said = []
+    for split, base in ((s, _split_folder(path, s)) for s in SPLITS):
+        found = [(here, n) for here, _, names in walk(base) for n in names]
+        others = collections.Counter(os.path.splitext(n)[1].lower() or n for _, n in found if not _is_image(n))
+        lone = sum(Path(here) == base and _is_image(n) for here, n in found)
+        if others: said.append(f"{split}: not read, by ending: {', '.join(f'{k} {n}' for k, n in others.most_common(5))}")
+        if lone: said.append(f'{split}: not read, since in no class folder: images {lone}')
+    return said
 
 def leave_out(
     path,   # folder that holds train/ and val/
@@ -1175,6 +1318,8 @@ def main(
                 files, labels, classes = (_listed(kind, where, split, 0) if kind != 'packed'
                     else (lambda s: (s.images, s.labels, s.classes))(_load_packed(where, split, 0)))
                 print(f'{split}: {len(files)} images, {len(classes)} classes')
+            for line in overlooked(where) if kind == 'folder' else (): print(line)
+            for a, b in alike(classes): print(f'{a!r} and {b!r} are two classes: their names differ in case alone')
     except InputError as e: parser.error(str(e))
     except KeyboardInterrupt: print('interrupted; the same command goes on', file=sys.stderr); return 130
     return 0

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from .claims import TABLES, judge_tables
-from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
+from .core import PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
 from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
@@ -221,7 +221,10 @@ def verdicts(
     def table(path):
         try: return pd.read_csv(path)
         except (OSError, ValueError) as e: raise InputError(f'{path.name} cannot be read: {e}; run what wrote it again') from None
-    return judge_tables({p.stem: table(p) for p in judged(folder)})
+    tables = {p.stem: table(p) for p in judged(folder)}
+    try: return judge_tables(tables)
+    except (AttributeError, LookupError) as e:
+        raise InputError(f'a table in {str(folder)!r} is not of this version ({brief(str(e))}); run what wrote it again') from e
 
 def verdict_matrix(
     found:pd.DataFrame  # from `verdicts`
@@ -373,7 +376,7 @@ def _parser():
         epilog='figures and tables: fig1 ... fig9, table1, evidence, erasing, relu, choices, claims\n\nexamples:\n  pcl-reproduce --profile smoke\n  pcl-reproduce --only fig6,table1 --archs resnet18,resnet50\n  pcl-reproduce --profile paper --dry-run --tflops 87\n  pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786\n  pcl-reproduce --engine dask:/shared/dask.json\n  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html')
     p.add_argument('--only', default='', metavar='FIG,...', help='these alone (default: all)')
     p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
-    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for two architectures, few runs')
+    p.add_argument('--reduced', action='store_true', help='a small matrix: Figures 1 to 9 and Table 1 for ResNet18, one run of each network')
     p.add_argument('--scenes',
         help='scene data: concept_scenes, places365 or folder:PATH (default: concept_scenes; at profile paper places365)')
     p.add_argument('--objects',

@@ -42,7 +42,7 @@ def test_impact_map_agrees_with_the_cpu(arch):
     "In double precision both devices give the same map, and the same ERF size up to a pixel at a bin's edge."
     scenes = data.draw_concepts('scenes', 'val', 8, 64)
     images = next(data.batches(scenes, 'simple', 56, data.channel_stats(scenes)))[0].double()
-    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True).double()
+    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True, init='torchvision').double()
     for stage in ('stage3', 'stage4'):
         want = erf.impact_map(model.cpu(), images, stage=stage)
         found = erf.impact_map(model.cuda(), images, stage=stage)
@@ -55,7 +55,7 @@ def test_impact_map_agrees_with_the_cpu(arch):
 def test_single_precision_map_is_close_to_the_cpu():
     "What experiments use: within a few per cent, as ReLUs near zero and TF32 allow."
     torch.manual_seed(0)
-    model, images = models.create_model('resnet18', 5, width=.25, small_input=True), torch.randn(32, 3, 56, 56)
+    model, images = models.create_model('resnet18', 5, width=.25, small_input=True, init='torchvision'), torch.randn(32, 3, 56, 56)
     want, found = erf.impact_map(model.cpu(), images), erf.impact_map(model.cuda(), images).cpu()
     assert (found - want).abs().sum() < .05*want.sum()
 
@@ -64,7 +64,7 @@ def test_single_precision_map_is_close_to_the_cpu():
 def test_focus_area_agrees_with_the_cpu(rule):
     "In double precision both devices mark the same region, up to pixels on the fence; everything stays on the GPU."
     torch.manual_seed(0)
-    model, images = models.create_model('resnet18', 5, width=.25, small_input=True).double(), torch.randn(8, 3, 56, 56).double()
+    model, images = models.create_model('resnet18', 5, width=.25, small_input=True, init='torchvision').double(), torch.randn(8, 3, 56, 56).double()
     want = focus_area.focus_area(model.cpu(), images, rule=rule)
     found = focus_area.focus_area(model.cuda(), images, rule=rule)
     assert found.mask.is_cuda and found.coverage.is_cuda
@@ -74,7 +74,7 @@ def test_focus_area_agrees_with_the_cpu(rule):
 def test_a_stream_is_measured_on_the_gpu():
     "Images and ground truth come from the CPU, whatever device the network is on."
     images = data.draw_concepts('scenes', 'val', 40, 64)
-    stats, model = data.channel_stats(images), models.create_model('resnet18', 16, width=.25, small_input=True)
+    stats, model = data.channel_stats(images), models.create_model('resnet18', 16, width=.25, small_input=True, init='torchvision')
     def table(m):
         return focus_area.coverage_table(m, data.batches(images, 'simple', 56, stats, 16), area=data.evidence(images, 'simple', 56))
     want, found = table(model.double()), table(model.cuda())
@@ -92,7 +92,7 @@ def test_the_same_recipe_gives_the_same_bits(method):
 @pytest.mark.parametrize('arch', models.ARCHS)
 def test_an_impact_map_is_measured_again_to_the_bit(arch):
     "So that a CSV of a GPU can be had again."
-    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True).cuda()
+    with torch.random.fork_rng(): torch.manual_seed(0); model = models.create_model(arch, 5, width=.25, small_input=True, init='torchvision').cuda()
     images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with core.repeatable(): first, second = (erf.impact_map(model, images) for _ in range(2))
     assert torch.equal(first, second)

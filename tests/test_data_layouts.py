@@ -294,3 +294,112 @@ def test_how_many_workers(monkeypatch):
     assert data.default_workers('cpu') == 2
     monkeypatch.setenv('PCL_NB_WORKERS', 'all')
     with pytest.raises(InputError, match='PCL_NB_WORKERS'): data.default_workers()
+
+
+ORDINARY = 'coast/1.ppm', 'coast/2.PPM', 'Bay/x y.ppm', 'é/0.ppm'      # in both splits
+
+
+def tiny(folder, *names):
+    "Images of 2 x 2 pixels, each with bytes of its own."
+    for split in ('train', 'val'):
+        for name in names:
+            (folder/split/name).parent.mkdir(parents=True, exist_ok=True)
+            (folder/split/name).write_bytes(b'P6 2 2 255\n' + split.encode()[:1]*6 + name.encode()[-6:])
+    refresh()
+    return f'folder:{folder}'
+
+
+def test_fingerprints_of_ordinary_layouts_stay(tmp_path, monkeypatch):
+    "Stored runs are found again: in memory, a part of the images, and on disk; whatever tools leave behind."
+    name = tiny(tmp_path, *ORDINARY)
+    assert (data.fingerprint(name, 32), data.fingerprint(name, 32, 2, 2)) == ('648ff1735389c52c', 'a1e1e6b7431d7d19')
+    tiny(tmp_path, 'coast/._1.ppm', '.ipynb_checkpoints/1.ppm')
+    assert data.fingerprint(name, 32) == '648ff1735389c52c' and data.count(name) == (4, 4, 3)
+    monkeypatch.setattr(data, 'MAX_BYTES', 1); refresh()
+    assert data.fingerprint(name, 32) == '31089ac3c3fcdaab'
+
+
+def test_other_labels_are_another_set(tmp_path):
+    "The same files in the same order, in other classes: another fingerprint, so that no run of the one is taken for the other."
+    prints = set()
+    for n, (layout, classes) in enumerate({('a/x/1.ppm', 'a/y/1.ppm', 'b/z.ppm'): ('a', 'b'),
+            ('a/x/1.ppm', 'b/y/1.ppm', 'b/z.ppm'): ('a', 'b'), ('a/x/1.ppm', 'a/y/1.ppm', 'b/z/z.ppm'): ('a/x', 'a/y', 'b/z')}.items()):
+        name = tiny(tmp_path/str(n), *layout)
+        assert data.load(name, 'val', 32).classes == classes
+        prints.add(data.fingerprint(name, 32))
+    assert len(prints) == 3
+
+
+def test_places365_as_it_is_unpacked(places, tmp_path):
+    "Its folders of letters as `folder:`: the classes of its own list, in its order, for training and packing."
+    for split in ('train', 'val'): shutil.copytree(places/'data_256_standard', tmp_path/'set'/split)
+    name = f"folder:{tmp_path/'set'}"
+    images, official = data.load(name, 'train', 28), data.load(f'places365-small:{places}@0', 'train', 28)
+    assert images.classes == tuple(c.lstrip('/') for c in CLASSES) and images.labels.tolist() == official.labels.tolist()
+    assert all((a == b).all() for a, b in zip(images.images, official.images))
+    packed = data.load(f"packed:{data.pack(name, tmp_path/'packed', 32, progress=False)}", 'val', 28)
+    assert packed.classes == images.classes and packed.labels.tolist() == images.labels.tolist()
+
+
+def test_case_alone_keeps_labels(tmp_path):
+    "Kitchen in one split, kitchen in the other: sorted apart, one label."
+    for split, kitchen in (('train', 'Kitchen'), ('Test', 'kitchen')):
+        for c, grey in ((kitchen, 0), ('Bath', 90), ('alley', 200)):
+            picture(tmp_path/split/c/'1.png'); Image.new('RGB', (8, 8), (grey,)*3).save(tmp_path/split/c/'1.png')
+    refresh()
+    train, val = (data.load(f'folder:{tmp_path}', s, 28) for s in ('train', 'val'))
+    assert train.classes == val.classes == ('Bath', 'Kitchen', 'alley')
+    assert train.images[:, 0, 0, 0].tolist() == val.images[:, 0, 0, 0].tolist() == [90, 0, 200]
+    assert data.fingerprint(f'folder:{tmp_path}', 28) and data.pack(f'folder:{tmp_path}', edge=16, progress=False)
+
+
+def test_what_tools_leave_in_imagenet(imagenet):
+    "Neither images nor classes; a folder that is no class is named, and a split that was not sorted into folders."
+    before = data.load(f'imagenet:{imagenet}', 'train', 32), data.fingerprint(f'imagenet:{imagenet}', 32)
+    for name in ('.ipynb_checkpoints/1.JPEG', '__MACOSX/n01440764/1.JPEG', 'n01440764/._1.JPEG', 'n01440764/.thumbnails/1.JPEG'):
+        picture(imagenet/'train'/name)
+    refresh()
+    after = data.load(f'imagenet:{imagenet}', 'train', 32), data.fingerprint(f'imagenet:{imagenet}', 32)
+    assert after[0].labels.tolist() == before[0].labels.tolist() and after[1] == before[1]
+    picture(imagenet/'train/extra/1.JPEG'); refresh()
+    with pytest.raises(InputError, match="'extra' in .*train' is not a class of ImageNet"): data.check_data(f'imagenet:{imagenet}')
+    shutil.rmtree(imagenet/'train/extra')
+    for f in (imagenet/'val').rglob('*.JPEG'): f.rename(imagenet/'val'/f.name)
+    for d in (imagenet/'val').iterdir():
+        if d.is_dir(): d.rmdir()
+    refresh()
+    with pytest.raises(InputError, match='holds no class folder.*ILSVRC2012_img_val.tar'): data.check_data(f'imagenet:{imagenet}')
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    "Its images would be missing without a word."
+    name = tiny(tmp_path, *ORDINARY, 'coast/more/1.ppm')
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith('more'): raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(InputError, match="coast/more' cannot be read: Permission denied"): data.check_data(name)
+
+
+def test_names_endings_and_links(tmp_path, capsys):
+    "A trailing slash, blanks, letters beyond ASCII, endings in capitals, linked splits and classes: the same images."
+    name = tiny(tmp_path/'näch ste', *ORDINARY)
+    for c in ('coast/3.JPG', 'coast/4.JPEG'):
+        for split in ('train', 'val'): picture(tmp_path/'näch ste'/split/c, 9, 9)
+    (tmp_path/'links').mkdir(); (tmp_path/'links'/'train').symlink_to(tmp_path/'näch ste'/'train', True)
+    (tmp_path/'links'/'val').mkdir()
+    for c in ('coast', 'Bay', 'é'): (tmp_path/'links'/'val'/c).symlink_to(tmp_path/'näch ste'/'val'/c, True)
+    refresh()
+    for n in (name, name + '/', f"folder:{tmp_path/'links'}/"):
+        assert data.count(n) == (6, 6, 3) and data.fingerprint(n, 32) == data.fingerprint(name, 32), n
+    (tmp_path/'näch ste'/'val'/'coast'/'1.ppm').write_bytes(b'')
+    refresh()
+    with pytest.raises(InputError, match="coast/1.ppm' is not an image that can be read"): data.load(name, 'val', 28)
+    (tmp_path/'none'/'train').mkdir(parents=True); (tmp_path/'none'/'val').mkdir()
+    for call, says in ((lambda: data.check_data(f"folder:{tmp_path/'none'}"), 'is empty; it needs one folder'),
+            (lambda: data.check_data(f"folder:{tmp_path/'näch ste'/'train'}"), 'has: give folder:')):
+        with pytest.raises(InputError, match=says): call()
+    tiny(tmp_path/'näch ste', 'cardigan/0.ppm', 'Cardigan/0.ppm', 'coast/1.ppm')
+    assert data.main(['check', name]) == 0 and "'Cardigan' and 'cardigan' are two classes" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def gradient(name, options, accumulate):
 def normed_gradient():
     "The same for PCL on a ResNet, with the batch norms' running statistics."
     method = methods.get_method('pcl')
-    with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True).double().eval()
+    with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision').double().eval()
     x, y = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.arange(4)
     rank, ranks = losses.shard()
     _, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks])
@@ -64,7 +64,7 @@ def normed_gradient():
 def statistics(name):
     "Running statistics after a step with this process' share of a batch, in one row."
     method = methods.get_method(name)
-    with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True)
+    with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision')
     x, y = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
     rank, ranks = losses.shard()
     training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks])

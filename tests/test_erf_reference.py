@@ -15,7 +15,7 @@ SIZE = 32
 def random_model(arch):
     "A narrow network in double precision, its normalisation layers as if it had been trained."
     torch.manual_seed(0)
-    model = models.create_model(arch, 5, width=.25, small_input=True).double()
+    model = models.create_model(arch, 5, width=.25, small_input=True, init='torchvision').double()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             for values, low, high in ((m.weight, .5, 1.5), (m.bias, -.5, .5), (m.running_mean, -.5, .5), (m.running_var, .5, 2)):
@@ -94,7 +94,7 @@ def peak():
 def peaks_of_a_stream(batches, answers):
     "In a child: how many images, and the peak after a tenth of them and after all."
     torch.set_num_threads(1)
-    model, seen, total = models.create_model('resnet18', 5, width=.25), [], [0]
+    model, seen, total = models.create_model('resnet18', 5, width=.25, init='torchvision'), [], [0]
     def stream():
         for _ in range(batches):
             yield torch.rand(16, 3, 64, 64)

@@ -41,7 +41,7 @@ def test_the_loop_in_the_text_trains_as_the_package_does():
     grads = []
     for own in (True, False):
         torch.manual_seed(0)
-        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True).double().train()
+        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision').double().train()
         x, y = torch.randn(6, 3, 32, 32).double(), torch.arange(6) % 5
         optimizer, method = torch.optim.SGD(model.parameters(), 0.), methods.get_method('pcl')
         if own: sum(method.losses(model, x, y)[1].values()).backward()

@@ -58,7 +58,7 @@ def test_each_architecture_takes_a_step(arch, name, official):
     "Every weight moves; the network remains one with stages, head and a copy, and its state loads into another one."
     torch.manual_seed(0)
     method = methods.get_method(name, **methods.OFFICIAL[name] if official else {})
-    def prepared(): return method.prepare(models.create_model(arch, 5, width=.25, small_input=True, side=method.side))
+    def prepared(): return method.prepare(models.create_model(arch, 5, width=.25, small_input=True, side=method.side, init='torchvision'))
     model, images, labels = prepared(), torch.randn(6, 3, 32, 32), torch.arange(6) % 5
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), .1)

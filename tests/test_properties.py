@@ -199,7 +199,7 @@ def mirror(model, axis, symmetric=False):
 def test_impact_map_turns_with_image_and_network(arch, size, small, center, axis):
     "Images and kernels mirrored mirror the map, where the grid of positions is its own mirror image; with symmetric kernels, the images alone do."
     torch.manual_seed(0)
-    model = models.create_model(arch, 5, width=.25, small_input=small).double()
+    model = models.create_model(arch, 5, width=.25, small_input=small, init='torchvision').double()
     with torch.no_grad(): model.train()(torch.randn(8, 3, size, size, dtype=torch.float64))
     x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     def impact(x): return erf.impact_map(model, x, center=center)

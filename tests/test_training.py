@@ -294,7 +294,7 @@ def test_compiled_blocks_see_what_hooks_do(monkeypatch, name, options):
     method, calls = methods.get_method(name, **options), []
     def gradient(compiled):
         torch.manual_seed(0)
-        model = method.prepare(models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side)).double()
+        model = method.prepare(models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side, init='torchvision')).double()
         x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
         with training._compiled(model, compiled):
             for _ in range(2): training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x, y)
@@ -321,7 +321,7 @@ def test_micro_batches_add_up_to_the_batch(accumulate):
     def step(name, parts):
         method = methods.get_method(name)
         torch.manual_seed(0)
-        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side).double().eval()
+        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=method.side, init='torchvision').double().eval()
         logits, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x, y, accumulate=parts)
         return logits, torch.cat([p.grad.flatten() for p in model.parameters()]), items
     for whole, parts in zip(step('ipc', 1), step('ipc', accumulate)): torch.testing.assert_close(parts, whole)
@@ -337,7 +337,7 @@ def test_erased_pass_leaves_the_running_statistics_alone(name, options):
     def statistics(name, **settings):
         method = methods.get_method(name, **settings)
         torch.manual_seed(0)
-        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True)
+        model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision')
         training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x, y, **options)
         return torch.cat([b.flatten().double() for b in model.buffers()])
     assert torch.equal(statistics(name), statistics('baseline'))
