@@ -171,7 +171,7 @@ def _numbers(row):
         + ('' if getattr(row, 'learned', True) else ' (a network that has not learned)'))
 
 def of_choice(
-    comparisons:pd.DataFrame   # optional: chosen, False in rows that only stand beside
+    comparisons:pd.DataFrame   # optional: chosen, False in companion rows
 ) -> pd.DataFrame:
     "The rows that verdicts rest on: those of the chosen images (U16)."
     return comparisons[comparisons.chosen.astype(bool)] if 'chosen' in comparisons else comparisons
@@ -481,8 +481,10 @@ def activity_claims_of(
     return {
         'C15': ("it does not depend on batch normalisation's coupling",
             tuple(Part(f'{n}, coupled', f'{n}, constant', 'stage4', '=') for n in NORMALISED), 'relu_activity'),
-        'C16': ('scene networks activate more positions (higher P(x_c > 0))', (Part('scenes', 'objects', 'positive'),), 'relu_activity'),
-        'C18': ('PCL activates more positions than the baseline', (Part('pcl', 'scenes', 'positive'),), 'relu_activity'),
+        'C16': ('scene networks activate more positions (higher P(x_c > 0))',
+            (Part('scenes', 'objects', 'positive'),), 'relu_activity'),
+        'C18': ('PCL activates more positions than the baseline',
+            (Part('pcl', 'scenes', 'positive'),), 'relu_activity'),
     }
 
 # %% ../nbs/11_claims.ipynb #41cc5e03
@@ -515,7 +517,8 @@ def rank_correlation(
 ) -> dict:  # spearman, low, high, networks, count (as how many independent ones they count)
     "Spearman's rank correlation over networks, with its 95 % interval."
     n, k = len(x), len(set(families))
-    if n < 3 or min(len(set(x)), len(set(y))) < 2: return dict(spearman=math.nan, low=-1., high=1., networks=n, count=0.)
+    if n < 3 or min(len(set(x)), len(set(y))) < 2:
+        return dict(spearman=math.nan, low=-1., high=1., networks=n, count=0.)
     ranks = [stats.rankdata(v) for v in (x, y)]
     rho, m = float(np.corrcoef(*ranks)[0, 1]), n/k
     count = n/(1 + (m - 1)*math.prod(_relatives(r, families) for r in ranks)) if k > 1 else 1.
@@ -541,8 +544,9 @@ def network_correlations(
     "The two halves of C22."
     t = activity[(activity.network != 'init') & activity.get('learned', pd.Series(True, activity.index)).astype(bool)]
     last, changes = t[t.stage == 'stage4'], pcl_changes(t)
-    return pd.DataFrame([dict(of='P(x > 0) and ERF', sign='>', **rank_correlation(last.positive, last.erf, last.arch)),
-        dict(of='changes of ERF and accuracy under PCL', sign='<=', **rank_correlation(changes.erf, changes.top1, changes.arch))])
+    halves = dict(of='P(x > 0) and ERF', sign='>'), dict(of='changes of ERF and accuracy under PCL', sign='<=')
+    numbers = (last.positive, last.erf, last.arch), (changes.erf, changes.top1, changes.arch)
+    return pd.DataFrame([dict(h, **rank_correlation(*n)) for h, n in zip(halves, numbers)])
 
 # %% ../nbs/11_claims.ipynb #f1728288
 def _networks_to_decide(r):
@@ -561,8 +565,10 @@ def judge_together(
     rows = list(network_correlations(activity).itertuples())
     halves = [verdict(r.low, r.high, r.sign, CONSISTENT) for r in rows]
     said = joint_verdict(halves)
-    takes = '; '.join(_networks_to_decide(r) for r, v in zip(rows, halves) if v == 'inconclusive') if said == 'inconclusive' else ''
-    def numbers(r): return f'{r.spearman:+.2f} [{r.low:+.2f}, {r.high:+.2f}]' if math.isfinite(r.spearman) else 'undefined'
+    open_ = [r for r, v in zip(rows, halves) if v == said == 'inconclusive']
+    takes = '; '.join(_networks_to_decide(r) for r in open_)
+    def numbers(r):
+        return f'{r.spearman:+.2f} [{r.low:+.2f}, {r.high:+.2f}]' if math.isfinite(r.spearman) else 'undefined'
     return pd.DataFrame([dict(arch='all', claim='C22', verdict=said, takes=takes, figure='relu_activity',
         says='P(x_c > 0) and ERF go together over networks; ERF and accuracy under PCL do not, consistently',
         evidence='; '.join(f'{r.of}: {numbers(r)}, {r.networks} networks' for r in rows))])

@@ -342,8 +342,8 @@ def stored_coupling(
     device=None
 ) -> Coupling:  # of all images, in full batches; in one smaller batch if there are fewer than `batch`
     "The three passes of a run, from its folder; measured and stored there first if they have to be."
-    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage, center=center, relu=relu,
-        batch=batch, seed=seed)
+    settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), stage=stage,
+        center=center, relu=relu, batch=batch, seed=seed)
     def measure(fitted):
         model = fitted.model.to(usable_device(device))
         x = torch.cat([x for x, _ in random_batches(data, images, recipe, fitted.stats, val, seed)])
