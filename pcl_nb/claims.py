@@ -310,7 +310,7 @@ def difference_interval(
     return float(d), float(d - half), float(d + half)
 
 def judge_repeats(
-    means:pd.DataFrame,            # arch, network, scheme, seed, data ('scenes' or 'objects'), mean (of CR); optional: learned
+    means:pd.DataFrame,           # arch, network, scheme, seed, data ('scenes' or 'objects'), mean; optional: learned
     distances:pd.DataFrame=None    # of `scheme_distances`, with arch: stand beside the means in the evidence of C1
 ) -> pd.DataFrame:  # as `judge`; empty if no baseline was trained under both schemes
     "C1 and C2 from repeated runs of the baseline under two training schemes."
@@ -449,9 +449,10 @@ def judge_images(
     of_seeds = kinds if control is None else image_kinds(label, baseline, control)
     apart = {k: paired_shares(v, of_seeds[k]) for k, v in kinds.items()}
     def told(k, v):
-        share = '{}: {} of {} images, {:.1%} [{:.1%}, {:.1%}]'.format(k, v.sum(), len(v), *share_interval(v.sum(), len(v)))
-        if control is None: return share
-        return f'{share}, {of_seeds[k].mean():.1%} between two baselines, difference ' + '{:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k])
+        n, N = v.sum(), len(v)
+        share = f'{k}: {n} of {N} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, N))
+        return share if control is None else (f'{share}, {of_seeds[k].mean():.1%} between two baselines, '
+            + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k]))
     text = ('an illustration: ' if control is None else '') + '; '.join(told(*kind) for kind in kinds.items())
     def rule(intervals): return joint_verdict(verdict(*i) for i in intervals)
     rows = [SimpleNamespace(difference=d, low=low, high=high, images=len(label)) for d, low, high in apart.values()]
