@@ -271,9 +271,9 @@ def draws(
 
 # %% ../nbs/11_claims.ipynb #3b4e4016
 def _spread_tail(ratio, a, b, true):
-    "Probability of a deviation that is larger, relative to the difference, than the measured `ratio`, where the true one is `true`."
+    "Probability of a deviation / difference above the measured `ratio`, where the true one is `true`."
     k, df = 1/a + 1/b, a + b - 2
-    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)         # the difference is certain: chi-squared
+    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)    # the difference is certain: chi-squared
     return np.nan_to_num(special.ncfdtr(1, df, 1/(true*true*k), 1/(ratio*ratio*k)))         # NaN where it underflows: 0
 
 def spread_interval(
@@ -282,7 +282,7 @@ def spread_interval(
     a:int, b:int,      # runs of each kind
     level:float=.95
 ) -> tuple:  # s/|d|, low, high
-    "Exact interval of deviation / difference, by the noncentral F distribution; low may be infinite: then no finite ratio is likely."
+    "Exact interval of deviation / difference, by the noncentral F distribution; both ends may be infinite."
     if not s or not d: return (0., 0., 0.) if d else (math.inf, math.inf, math.inf) if s else (math.nan, 0., math.inf)
     ratio = s/abs(d)
     def end(q):
@@ -295,8 +295,8 @@ def spread_interval(
 # %% ../nbs/11_claims.ipynb #d61704df
 def scheme_distances(
     shares:pd.DataFrame   # scheme ('simple' or 'complex'), seed, data, bin, share: of the images in each bin
-) -> pd.DataFrame:  # data, bin, runs, schemes: half the absolute difference of shares; summed over bins, the total variation
-    "How far distributions lie apart, bin by bin: two runs of one scheme, and of different schemes; means over all pairs."
+) -> pd.DataFrame:  # data, bin, runs, schemes: half the difference of shares; sums are total variations
+    "How far runs of one scheme, and of different schemes, lie apart in each bin; means over all pairs."
     rows = []
     for data, t in shares.groupby('data', sort=False):
         runs = {s: u.pivot(index='seed', columns='bin', values='share').to_numpy() for s, u in t.groupby('scheme')}
@@ -325,7 +325,7 @@ def difference_interval(
     return float(d), float(d - half), float(d + half)
 
 def judge_repeats(
-    means:pd.DataFrame,            # arch, network, scheme, seed, data ('scenes' or 'objects'), mean: of the coverage ratio; learned (optional)
+    means:pd.DataFrame,           # arch, network, scheme, seed, data ('scenes' or 'objects'), mean; optional: learned
     distances:pd.DataFrame=None    # of `scheme_distances`, with arch: stand beside the means in the evidence of C1
 ) -> pd.DataFrame:  # as `judge`; empty if no baseline was trained under both schemes
     "C1 and C2 from repeated runs of the baseline under two training schemes."
@@ -365,7 +365,8 @@ def judge_repeats(
 def _in_words(distances):
     "Distances of distributions on scenes, beside the means."
     sums = distances[distances.data == 'scenes'][['runs', 'schemes']].sum(skipna=False)
-    return '' if sums.isna().any() else f'; distributions apart: runs {sums.runs:.2f}, schemes {sums.schemes:.2f} of the images'
+    if sums.isna().any(): return ''
+    return f'; distributions apart: runs {sums.runs:.2f}, schemes {sums.schemes:.2f} of the images'
 
 def _runs_each(said, had, decided, learned):
     "How many runs of each scheme it takes until `decided`, which takes their number."
@@ -450,6 +451,7 @@ def image_kinds(
     only = (baseline.prediction.to_numpy() == label) & (other.prediction.to_numpy() != label)
     return {'shrink': change <= -CHANGE, 'right only with the baseline although enlarged': only & (change >= CHANGE)}
 
+# %% ../nbs/11_claims.ipynb #70f1d8cc
 def judge_images(
     arch:str,
     label:np.ndarray,                                # (N,)
@@ -458,18 +460,22 @@ def judge_images(
     control:pd.DataFrame=None                        # as `pcl`, of a second baseline; None: no verdict
 ) -> pd.DataFrame:  # as `judge`
     "C7: single images can shrink, and enlargement can mislead, more often than between two baselines."
-    def share(v): return '{} of {} images, {:.1%} [{:.1%}, {:.1%}]'.format(v.sum(), len(v), *share_interval(v.sum(), len(v)))
-    kinds, of_seeds = image_kinds(label, baseline, pcl), image_kinds(label, baseline, pcl if control is None else control)
+    kinds = image_kinds(label, baseline, pcl)
+    of_seeds = kinds if control is None else image_kinds(label, baseline, control)
     apart = {k: paired_shares(v, of_seeds[k]) for k, v in kinds.items()}
-    text = '; '.join(f'{k}: {share(v)}' + ('' if control is None else
-        f', {of_seeds[k].mean():.1%} between two baselines, ' + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k])) for k, v in kinds.items())
+    def told(k, v):
+        n, N = v.sum(), len(v)
+        share = f'{k}: {n} of {N} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, N))
+        return share if control is None else (f'{share}, {of_seeds[k].mean():.1%} between two baselines, '
+            + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k]))
+    text = ('an illustration: ' if control is None else '') + '; '.join(told(*kind) for kind in kinds.items())
     def rule(intervals): return joint_verdict(verdict(*i) for i in intervals)
     rows = [SimpleNamespace(difference=d, low=low, high=high, images=len(label)) for d, low, high in apart.values()]
     said = rule([(r.low, r.high) for r in rows]) if learned and control is not None else 'inconclusive'
-    takes = ('' if said != 'inconclusive' else UNLEARNED if not learned else 'a second run of the baseline' if control is None
-        else to_decide(rows, rule))
+    takes = ('' if said != 'inconclusive' else UNLEARNED if not learned
+        else 'a second run of the baseline' if control is None else to_decide(rows, rule))
     return pd.DataFrame([dict(arch=arch, claim='C7', says='single images can shrink, and enlargement can bring in confusing features',
-        evidence=text if control is not None else f'an illustration: {text}', verdict=said, takes=takes, figure='fig4')])
+        evidence=text, verdict=said, takes=takes, figure='fig4')])
 
 # %% ../nbs/11_claims.ipynb #925be805
 NORMALISED = 'objects', 'scenes', 'pcl'      # the trained networks of C15
