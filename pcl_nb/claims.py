@@ -557,7 +557,7 @@ def network_correlations(
 # %% ../nbs/11_claims.ipynb #f1728288
 def _networks_to_decide(r):
     "How many networks, related as these are, would decide one half."
-    if not (math.isfinite(r.spearman) and r.count > 1): return f'{r.of}: networks of several architectures'
+    if not (math.isfinite(r.spearman) and r.count > 1): return f'{r.of}: networks of several architectures that have learned'
     sizes = range(r.networks + 1, FAR*r.networks + 1)
     said = [verdict(*rank_interval(r.spearman, n, r.count*n/r.networks), r.sign, CONSISTENT) for n in sizes]
     first = next((i for i in range(len(said), 0, -1) if said[i - 1] != said[-1]), 0)
