@@ -24,7 +24,7 @@ from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from .core import InputError, Progress, brief, choose, is_real, is_whole, require, resolve
-from .data import IMG_EXTENSIONS, _pixels, _readable, decode
+from .data import IMG_EXTENSIONS, _pixels, _readable, decode, images_below
 
 # %% ../nbs/02_models.ipynb #7078faa7
 class _Reached(Exception):
@@ -68,7 +68,8 @@ def submodule(
 def _height_and_width(size):
     "A size in pixels as (height, width)."
     pair = (size, size) if is_whole(size) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair), f'size {brief(size)} is not valid; give pixels, or (height, width)')
+    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair),
+        f'size {brief(size)} is not valid; give pixels, or (height, width)')
     return pair
 
 ONCE = 'name a module that is called once'
@@ -142,7 +143,8 @@ class StagedClassifier(nn.Module):
         def read(module, args):
             last = list(self.stages)[-1]
             if last in found and args and len(x): require(self.training or _averages(found[last][0][:1], args[0][:1]),
-                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; it does at {self._size()}')
+                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; '
+                f'it does at {self._size()}')
         with _hooked(*((self._stage(s).register_forward_hook, keep(s)) for s in stages), (self.head.register_forward_pre_hook, read)):
             logits = self.net(x)
         for stage, (f, version) in found.items():
@@ -188,7 +190,8 @@ class StagedClassifier(nn.Module):
     def _probed(self, size):
         "What `_probe` finds with images of `size`, or of the first of `PROBED` that the network runs on; `InputError` if there is none."
         sizes = [_height_and_width(s) for s in (PROBED if size is None else (size,))]
-        first, refused, failed = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3), None, None
+        first = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3)
+        refused = failed = None
         for s in sizes:
             for channels in dict.fromkeys((first, 3)):
                 self.input_shape = channels, *s
@@ -196,7 +199,8 @@ class StagedClassifier(nn.Module):
                 except InputError as e: refused = refused or e
                 except Exception as e: failed = e                       # whatever a network raises for a size that it does not take
         if refused: raise refused
-        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px ({_line(failed)}); give size=..., the height and width that it takes") from None
+        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px "
+            f"({_line(failed)}); give size=..., the height and width that it takes") from None
 
     def _probe(self, x):
         "Channels of each stage; the last ReLU before its end; the last stage if the head reads its pooled ReLU, else None."
@@ -208,7 +212,7 @@ class StagedClassifier(nn.Module):
                 require(isinstance(output, Tensor) and output.dim() == 4,
                     f'{stage} ({self.stages[stage]}) does not give feature maps (B,K,h,w)')
                 times[f'{stage} ({self.stages[stage]})'] += 1
-                channels[stage], pooled[stage] = output.shape[1], (output[:, :, :1, :1].clone() if 0 in output.shape else output.clone())
+                channels[stage], pooled[stage] = output.shape[1], output.clone()        # the next layer may overwrite it
                 last[stage] = (calls[-1], calls.count(calls[-1])) if calls else None
             return hook
         def read(module, args):
@@ -220,11 +224,12 @@ class StagedClassifier(nn.Module):
         lost = [s for s in self.stages if s not in channels]
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         for name, n in times.items():
-            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: {', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part of the network that sees one image'}")
+            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: "
+                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part of the network that sees one image'))
         require(any(pooled.get('head', ())),
                 f'head {self._head!r} does not read the global average of {stage} ({self.stages[stage]}); name the module whose output is pooled')
-        require(isinstance(logits, Tensor) and logits.shape == (1, self.num_classes),
-            f"the network gives {f'{tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}, not the {self.num_classes} logits of its head")
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        require(given == (1, self.num_classes), f'the network gives {given}, not the {self.num_classes} logits of its head')
         return channels, last, None if pooled['head'][0] else stage
 
     @contextlib.contextmanager
@@ -257,7 +262,8 @@ def _plain(t): return not t.is_inference() and (not t.is_floating_point() or t.d
 @contextlib.contextmanager
 def _computable(model):
     "Context manager: no autocast, no inference mode; weights of less than float32, and inference tensors, are replaced by float32 copies."
-    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items() if t is not None and not _plain(t)]
+    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items()
+        if t is not None and not _plain(t)]
     device, made = next((t.device.type for t in model.parameters()), 'cpu'), {}
     with contextlib.ExitStack() as modes:
         if torch.is_inference_mode_enabled():
@@ -703,16 +709,18 @@ def _as_pixels(image):
     if isinstance(image, Image.Image):
         with _readable('a PIL image'): return _pixels(image.copy())[None]
     if isinstance(image, (str, os.PathLike)):
-        require(str(image).strip() and resolve(image).is_file(), f'{brief(str(image))} is not a file; give an image, or a folder of images')
+        require(str(image).strip() and resolve(image).is_file(),
+            f'{brief(str(image))} is not a file; give an image, or a folder of images')
         return decode(resolve(image))[None]
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3, 4):
         image = torch.from_numpy(np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)).movedim(-1, -3)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4): return image[None] if image.dim() == 3 else image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4):
+        return image[None] if image.dim() == 3 else image
 
 def _normalised(pixels, channels, stats):
     "Bytes (b,c,H,W), gray or in colour, as a normalised batch (b,channels,H,W)."
-    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images that the network was trained on, '
-        'for example ((.485, .456, .406), (.229, .224, .225))')
+    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images that the network was '
+        'trained on, for example ((.485, .456, .406), (.229, .224, .225))')
     if channels == 3 and pixels.shape[1] == 1: pixels = pixels.expand(-1, 3, -1, -1)
     if channels == 1 and pixels.shape[1] == 3: pixels = rgb_to_grayscale(pixels)
     x = image_batch(pixels.float()/255, channels)
@@ -724,7 +732,7 @@ def _items(images, batch_size):
     "What is given, one image or one batch at a time, each with its label or None."
     several = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     if isinstance(images, (str, os.PathLike)) and str(images).strip() and (folder := resolve(images)).is_dir():
-        images = sorted(f for f in folder.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.'))
+        images = images_below(folder)
         require(images, f"folder {brief(str(folder))} holds no image; endings read: {' '.join(IMG_EXTENSIONS)}")
     if several: items = (images[i:i + batch_size] for i in range(0, len(images), batch_size))
     elif isinstance(images, (Tensor, np.ndarray, str, os.PathLike, Image.Image)): items = (images,)

@@ -427,7 +427,7 @@ def test_labels_and_tables_of_datasets(pictures, net):
     target = torch.tensor([4, 3, 2, 1, 0])
     a, b = (focus_area.focus_area(model, given, target=target, batch_size=2) for given in (pictures.x, iter(pictures.pil)))
     assert (a.mask != b.mask).sum() <= 4
-    for wrong in (target[:4], target.repeat(2)): refused(lambda: focus_area.focus_area(model, iter(pictures.pil), target=wrong, batch_size=2), 'give one for each')
+    for wrong in (target[:4], target.repeat(2)): refused(lambda: focus_area.focus_area(model, iter(pictures.pil), target=wrong, batch_size=2), 'classes; give one for each')
     refused(lambda: focus_area.coverage_table(model, pictures.pil), 'yields no labels')
 
 
