@@ -19,7 +19,7 @@ def class_activation_map(
     features:Tensor,  # F (B,K,h,w)
     weight:Tensor,    # w (C,K), of the linear layer behind the pooling
     target:Tensor     # t (B,) int64, one class an image
-) -> Tensor:  # A (B,h,w), raw
+) -> Tensor:  # A (B,h,w), raw; float32 at least
     "Contribution of each position to the target class's logit."
     require(features.dim() == 4 and weight.dim() == 2 and weight.shape[1] == features.shape[1],
         f'features {tuple(features.shape)} and weight {tuple(weight.shape)} do not fit; give (B,K,h,w) and (C,K)')
@@ -27,7 +27,9 @@ def class_activation_map(
     fits = (isinstance(target, Tensor) and target.shape == (B,) and target.dtype in (torch.int64, torch.int32)
         and (target.device.type != 'cpu' or bool(((target >= 0) & (target < len(weight))).all())))   # elsewhere a look would make the device wait
     if not fits: raise InputError(f'target {brief(target)} does not fit; give one class, 0 to {len(weight) - 1}, for each of {B} images')
-    return torch.bmm(weight[target][:, None].to(features.dtype), features.flatten(2)).view(B, h, w)
+    dtype = torch.promote_types(features.dtype, torch.float32)                  # a threshold on 8 bits would be another region
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.bmm(weight[target][:, None].to(dtype), features.flatten(2).to(dtype)).view(B, h, w)
 
 def normalize_map(
     maps:Tensor  # (B,h,w)
@@ -35,6 +37,7 @@ def normalize_map(
     "Min-max normalisation of each map; a flat map gives zeros, never NaN."
     require(isinstance(maps, Tensor) and maps.dim() >= 2 and maps.shape[-1]*maps.shape[-2],
         f'maps {tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__} are not maps (B,h,w)')
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     span = high - low
     return torch.where(span > 0, (maps - low)/torch.where(span > 0, span, 1), 0)
@@ -88,6 +91,7 @@ def erase(
     fits = (isinstance(mask, Tensor) and mask.dim() == images.dim() == 4 and len(mask) in (1, len(images))
         and mask.shape[1] in (1, images.shape[1]) and mask.shape[2:] == images.shape[2:])
     require(fits, f'mask {tuple(mask.shape) if isinstance(mask, Tensor) else brief(mask)} does not fit images {tuple(images.shape)}; give (B,1,H,W)')
+    mask = mask.to(images.dtype)
     kept = images*(1 - mask)
     if choose(fill, FILLS, 'fill') == 'mean': return kept
     if fill == 'noise': return kept + mask*torch.randn_like(images)

@@ -231,7 +231,7 @@ def focus_claims_of(
     }
 
 def relative(
-    a:np.ndarray,            # (N,) a quantity of each image under one network; (S,N) of S runs of it
+    a:np.ndarray,            # (N,) a quantity of each image under one network, NaN where it is undefined; (S,N) of S runs of it
     b:np.ndarray,            # the same under the other, same images
     replicates:np.ndarray    # (R,N) how often each image is drawn
 ) -> dict:  # difference, low, high; images, runs, runs_half: what the interval rests on
@@ -239,7 +239,9 @@ def relative(
     a, b = np.asarray(a, float), np.asarray(b, float)
     require(a.shape == b.shape and a.size, f'{a.shape} and {b.shape} values are not of the same images')
     a, b = np.atleast_2d(a, b)
-    if not b.sum(1).all(): return dict(difference=float('nan'), low=-math.inf, high=math.inf, images=a.shape[1], runs=len(a), runs_half=0.)
+    seen = ~np.isnan(a + b).any(0)                                   # an undefined coverage ratio pairs with nothing
+    a, b, replicates = a[:, seen], b[:, seen], replicates[:, seen]
+    if not a.size or not b.sum(1).all(): return dict(difference=float('nan'), low=-math.inf, high=math.inf, images=a.shape[1], runs=len(a), runs_half=0.)
     drawn = np.mean([(replicates @ x)/np.maximum(replicates @ y, 1e-12) - 1 for x, y in zip(a, b)], 0)
     runs = [x.mean()/y.mean() - 1 for x, y in zip(a, b)]
     difference, low, high, half = over_runs(runs, *np.quantile(drawn, [.025, .975]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import Progress, brief, choose, generator, is_real, is_whole, repeatable, require, usable_device
 from .data import batches, fingerprint
-from .models import RELU, StagedClassifier, folded, frozen, image_batch, loaded, memory_format, parts, staged, untouched
+from .models import RELU, StagedClassifier, fitting, folded, frozen, image_batch, loaded, parts, placed, staged, untouched
 from .runs import random_batches, stored, val_images
 
 # %% ../nbs/09_erf.ipynb #5ef5cdb5
@@ -69,54 +69,57 @@ def center_value(
 ) -> Tensor:  # y (B,)
     "Mean over channels of the features at the centre of the map."
     require(features.dim() == 4 and features.shape[2]*features.shape[3], f'features {tuple(features.shape)} are not maps (B,K,h,w)')
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     h, w = features.shape[-2:]
     if choose(center, CENTERS, 'center') == 'floor': return features[..., h//2, w//2].mean(1)
     return features[..., (h-1)//2:h//2+1, (w-1)//2:w//2+1].mean((1, 2, 3))
 
 def _impacts(model, x, stage, center, relu):
     "|dy/dx| of each image of a batch, mean over RGB: (B,H,W)."
-    x = x.detach().requires_grad_()
-    y = center_value(model.stage_features(x, stage, relu), center)
-    return torch.autograd.grad(y.sum(), x)[0].abs().mean(1)
+    with torch.enable_grad(), fitting(model, x):
+        x = x.detach().requires_grad_()
+        y = center_value(model.stage_features(x, stage, relu), center)
+        require(y.requires_grad, f'{stage} has no gradient: the network detaches it, or computes it under torch.no_grad()')
+        return torch.autograd.grad(y.sum(), x)[0].abs().mean(1)
 
 def _independent_impacts(model, x, stage, center, relu):
     "The same for images that do not share statistics: part by part."
     with _light_stem(model): return torch.cat([_impacts(model, p, stage, center, relu) for p in parts(x)])
 
 # %% ../nbs/09_erf.ipynb #920a112b
-def _stream(images, batch_size):
-    "Batches of images from a tensor or from a loader of images or of (images, labels)."
-    if isinstance(images, Tensor):
-        images = ((x, None) for x in image_batch(images).split(batch_size))
-    for x, _ in loaded(images):
+def _stream(images, batch_size, model=None, size=None, stats=None):
+    "Batches of images as `loaded` gives them, all finite."
+    for x, _ in loaded(images, model, size=size, stats=stats, batch_size=batch_size):
         require(bool(torch.isfinite(x).all()), 'images are not finite: their gradients would be those of other images')
         yield x
 
 def impact_replicates(
     model:StagedClassifier,
-    images,                    # tensor (N,3,H,W), or loader of images or (images, labels); normalised
+    images,                    # normalised (N,3,H,W), a loader, or images in any other form that `models.loaded` takes
     *,
     stage:str='stage4',        # a name in `model.stages`
     center:str='floor',        # 'floor' or 'mean4'
     relu:str='after',          # 'after' or 'before' the stage's last ReLU
-    batch_size:int=64,         # for a tensor; a loader has its own
+    batch_size:int=64,         # of what is no loader
     replicates:int=0,          # bootstrap replicates over images
     seed:int=0,                # of the bootstrap; the same seed pairs networks that see the same images
-    progress=False             # show a bar
+    progress=False,            # show a bar
+    size=None,                 # pixels, or (H,W): images are resized to it
+    stats=None                 # mean, std to normalise pixels with; None: the model's own
 ) -> tuple:  # impact map (H,W), raw; replicates (R,H,W)
     "The impact map and bootstrap replicates of it, streaming: memory does not grow with the number of images."
     require(is_whole(batch_size) and 1 <= batch_size < 2**31, f'batch_size {brief(batch_size)} is not valid; give 1 or more')
     require(is_whole(replicates) and 0 <= replicates <= 10**6,
         f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
-    choose(stage, staged(model).stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
-    p, g = next(model.parameters()), generator('bootstrap', seed)
+    model = staged(model)
+    choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'side of the ReLU')
+    g = generator('bootstrap', seed)
     total, weights = None, None
     with folded(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
-        for x in _stream(images, batch_size):
-            impact = _independent_impacts(model, x.to(p.device, p.dtype, memory_format=memory_format(model)), stage, center,
-                relu).flatten(1)
+        for x in _stream(images, batch_size, model, size, stats):
+            impact = _independent_impacts(model, placed(model, x), stage, center, relu).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)
-            require(total is None or total.shape[1] == impact.shape[1], 'images have different sizes; an impact map needs one size')
+            require(total is None or total.shape[1] == impact.shape[1], 'images have different sizes; an impact map needs one size: give size=..., to which they are resized')
             total, weights = (w.T @ impact, w.sum(0)) if total is None else (total + w.T @ impact, weights + w.sum(0))
             shape = x.shape[-2:]
             bar.update(len(x))
@@ -127,16 +130,19 @@ def impact_replicates(
 
 def impact_map(
     model:StagedClassifier,
-    images,                    # tensor (N,3,H,W), or loader of images or (images, labels); normalised
+    images,                    # normalised (N,3,H,W), a loader, or images in any other form that `models.loaded` takes
     *,
     stage:str='stage4',        # a name in `model.stages`
     center:str='floor',        # 'floor' or 'mean4'
     relu:str='after',          # 'after' or 'before' the stage's last ReLU
-    batch_size:int=64,         # for a tensor; a loader has its own
-    progress=False             # show a bar
+    batch_size:int=64,         # of what is no loader
+    progress=False,            # show a bar
+    size=None,                 # pixels, or (H,W): images are resized to it
+    stats=None                 # mean, std to normalise pixels with; None: the model's own
 ) -> Tensor:  # (H,W), raw: mean over images of |dy/dx|, mean over RGB
     "Impact map of the centre of a stage (appendix D.1, Figure 5)."
-    return impact_replicates(model, images, stage=stage, center=center, relu=relu, batch_size=batch_size, progress=progress)[0]
+    return impact_replicates(model, images, stage=stage, center=center, relu=relu, batch_size=batch_size, progress=progress,
+        size=size, stats=stats)[0]
 
 # %% ../nbs/09_erf.ipynb #5a7a0a8a
 VIEWS = {90: 10, 70: 30}     # bins shown -> bins dropped, of 100
@@ -202,11 +208,11 @@ def coupled_impacts(
     relu:str='after'
 ) -> tuple:  # own (B,H,W): |dy_b/dx_b| with batch statistics; running (B,H,W): with the running ones; share of |dy_b/dx| on other images
     "Each image's impact with and without batch normalisation's coupling; one backward pass an image (appendix D.3)."
-    choose(stage, staged(model).stages, 'stage')
-    require(len(image_batch(images)) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
-    p = next(model.parameters())
-    x = images.to(p.device, p.dtype, memory_format=memory_format(model))
-    with frozen(model), repeatable():
+    model = staged(model)
+    choose(stage, model.stages, 'stage')
+    require(len(image_batch(images, model.input_shape[0])) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
+    with frozen(model), repeatable(), torch.enable_grad():
+        x = placed(model, images)
         running = _independent_impacts(model, x, stage, center, relu)
         with batch_statistics(model):
             x = x.detach().requires_grad_()
@@ -220,6 +226,14 @@ def coupled_impacts(
 # %% ../nbs/09_erf.ipynb #745033cf
 STATISTICS = 'stored', 'calibrated'
 
+def _own_statistics(norms):
+    "Statistics that can be written: float32 at least, and no inference tensors."
+    for m in norms:
+        require(m.running_var.dtype in (torch.float32, torch.float64),
+            f'batch normalisation keeps its statistics in {m.running_var.dtype}, too coarse for a mean over images; call model.float() first')
+        for name, t in m.named_buffers(recurse=False):
+            if t.is_inference(): setattr(m, name, t.clone())
+
 @torch.no_grad()
 def calibrate(
     model:nn.Module,   # in place
@@ -228,10 +242,12 @@ def calibrate(
     "Set the running statistics of batch normalisation to the mean over `images` of the batch statistics."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     before, p = [m.momentum for m in norms], next(model.parameters())
+    _own_statistics(norms)
     model.train()
     for m in norms: m.momentum = None; m.reset_running_stats()
     n = 0
-    for x in _stream(images, 64): model(x.to(p.device, p.dtype)); n += len(x)
+    with torch.autocast(p.device.type, enabled=False):
+        for x in _stream(images, 64, model): model(x.to(p.device, p.dtype)); n += len(x)
     for m, momentum in zip(norms, before): m.momentum = momentum
     require(n, 'no images: give 1 or more')
     return model.eval()
@@ -267,18 +283,20 @@ def stored_replicates(
 @torch.no_grad()
 def activity_table(
     model:StagedClassifier,
-    loader,                    # yields images (B,3,H,W), normalised, and labels
+    loader,                    # yields images (B,3,H,W), normalised; or images in any other form that `models.loaded` takes
     *,
     stage:str='stage4',
     part:float=.5              # of the maximum, from which a position belongs to the activated region
 ) -> pd.DataFrame:  # a row an image: positive, region, both in [0,1]
     "Share of open ReLUs and size of the activated region at the end of a stage (appendix D.3)."
-    choose(stage, staged(model).stages, 'stage')
+    model = staged(model)
+    choose(stage, model.stages, 'stage')
     require(is_real(part) and 0 < part <= 1, f'part {brief(part)} is not valid; give a number above 0 and up to 1')
-    p, rows = next(model.parameters()), []
+    rows = []
     with folded(model):
-        for x, _ in loaded(loader):
-            F = model.stage_features(x.to(p.device, p.dtype, memory_format=memory_format(model)), stage)
+        for x, _ in loaded(loader, model):
+            with fitting(model, x): F = model.stage_features(placed(model, x), stage)
+            F = F.to(torch.promote_types(F.dtype, torch.float32))
             A = F.mean(1).flatten(1)
             top = A.amax(1, keepdim=True)
             rows.append(torch.stack([(F > 0).flatten(1).float().mean(1), ((A >= part*top) & (top > 0)).float().mean(1)], 1).cpu())

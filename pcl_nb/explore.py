@@ -27,8 +27,8 @@ from .cam import class_activation_map, erase, normalize_map
 from .core import InputError, brief, require, resolve, text, usable_device
 from .data import ImageSet, batches, decode
 from .erf import impact_histogram, impact_map
-from .focus_area import RULES, region
-from .models import StagedClassifier, folded, memory_format
+from .focus_area import coverage_ratio, RULES, region
+from .models import StagedClassifier, folded, placed
 from .plots import BLUE, GREY, SEEN, impact_panel
 from .runs import trained
 from .training import Recipe
@@ -115,9 +115,8 @@ class Explorer:
     def passed(self, key, source, stage) -> tuple:  # x (1,3,H,W), logits (1,C), features (1,K,h,w)
         "One forward pass of the evaluation crop."
         n = self.network(key)
-        p = next(n.model.parameters())
         x, _ = next(batches(ImageSet(self.picture(source)[None], torch.zeros(1, dtype=torch.long), n.classes), n.scheme, n.size, n.stats))
-        x = x.to(p.device, p.dtype, memory_format=memory_format(n.model))
+        x = placed(n.model, x)
         with folded(n.model), torch.no_grad(): logits, features = n.model(x, stages=(stage,))
         return x, logits, features[stage]
 
@@ -182,11 +181,10 @@ class Views:
 
     def after(self, key, source, stage='stage4', target=None, rule='threshold', tau=.5) -> dict:
         "Focus area alone, image without it, the coverage ratio, and the most likely classes then."
-        found, image = (self.explorer.erased(key, source, stage, target, rule, tau),
-            self.pixels(key, self.explorer.look(key, source, stage, target).x))
-        mask = found.mask[0].cpu().numpy()
-        return {'focus area': image*mask[..., None], 'erased': self.pixels(key, found.x), 'coverage': float(mask.mean()),
-            'note': f'CR {mask.mean():.2f}', 'after': self.top(key, found.logits)}
+        found, look = self.explorer.erased(key, source, stage, target, rule, tau), self.explorer.look(key, source, stage, target)
+        image, mask, coverage = self.pixels(key, look.x), found.mask[0].cpu().numpy(), coverage_ratio(found.mask, look.maps).item()
+        return {'focus area': image*mask[..., None], 'erased': self.pixels(key, found.x), 'coverage': coverage,
+            'note': f'CR {coverage:.2f}', 'after': self.top(key, found.logits)}
 
     def reach(self, key, source, stage='stage4') -> dict:
         "Impact map and histogram."

@@ -225,17 +225,16 @@ def last_stage(
             if inside and inside[-1] == name: inside.pop()
             if name in (entrance, end) and isinstance(output, Tensor): seen[name] = output, output.clone(), output._version
         return hook
-    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
     same = False
     with frozen(model), torch.no_grad():
         with contextlib.ExitStack() as hooks:
             for n, m in model.net.named_modules():
                 if n: hooks.enter_context(m.register_forward_pre_hook(enter(n))); hooks.enter_context(m.register_forward_hook(leave(n)))
-            model.net(x)
+            model.net(model.probe_image())
         with contextlib.suppress(RuntimeError, TypeError, KeyError):      # what does not fit together is an answer, too
             again = nn.Sequential(*map(model.net.get_submodule, chain))(seen[entrance][1])
             same = (torch.allclose(again, seen[end][1], rtol=1e-3, atol=1e-5)
-                and all(output._version == version for output, _, version in seen.values()))
+                and all(output._version == version for name, (output, _, version) in seen.items() if name != end or not model._rectified))
     require(same, f'{last} ({model.stages[last]}) is not a plain sequence of modules behind {before} ({entrance}), so it cannot be duplicated; name stages between which no other computing takes place')
     return entrance, chain
 
@@ -259,7 +258,7 @@ class TwoBranch(StagedClassifier):
         threshold:float=.7,              # on the normalised map of branch A
         output:str='probabilities'       # a name in `OUTPUTS`
     ):
-        super().__init__(model.net, model.stages, model._head, name=model.name)
+        super().__init__(model.net, model.stages, model._head, name=model.name, size=model.input_shape[1:], stats=model.stats)
         self.side_head, self.training, self.threshold, self.output = model.side_head, model.training, threshold, output
         self.entrance, chain = last_stage(model)
         self.branch_b = copy.deepcopy(nn.Sequential(*map(model.net.get_submodule, chain)))
@@ -273,13 +272,13 @@ class TwoBranch(StagedClassifier):
         "Both branches in one pass; no gradient flows through the mask."
         kept = {}
         def keep(name): return self.net.get_submodule(name).register_forward_hook(lambda module, args, output: kept.update({name: output}))
-        end = list(self.stages.values())[-1]
+        last, end = list(self.stages.items())[-1]
         with keep(self.entrance), keep(end): found = super().forward(x, stages)
         a, f = found if stages else (found, {})
         t = a.argmax(1) if target is None else target
-        A = class_activation_map(kept[end].detach(), self.head.weight.detach(), t)
+        A = class_activation_map(self.stage_end(last, kept[end]).detach(), self.head.weight.detach(), t)
         M = erasing_mask(A, kept[self.entrance].shape[-2:], tau=self.threshold)
-        b = self.head_b(self.branch_b(kept[self.entrance]*(1 - M)).mean((2, 3)))
+        b = self.head_b(self.stage_end(last, self.branch_b(kept[self.entrance]*(1 - M))).mean((2, 3)))
         return a, b, M, f
 
     def forward(self, x, stages=()):
@@ -342,10 +341,11 @@ class ADL(Method):
         return model
 
     def losses(self, model, images, labels, stats=None):
-        def layer(module, args, features): return attention_dropout(features, self.drop_rate, self.threshold)
+        def layer(stage):
+            return lambda module, args, output: attention_dropout(model.stage_end(stage, output), self.drop_rate, self.threshold)
         with contextlib.ExitStack() as hooks:
             for stage in self.stage.split('+') if model.training else ():
-                hooks.enter_context(model.net.get_submodule(model.stages[stage]).register_forward_hook(layer))
+                hooks.enter_context(model.net.get_submodule(model.stages[stage]).register_forward_hook(layer(stage)))
             return super().losses(model, images, labels, stats)
 
 METHODS['adl'] = ADL()

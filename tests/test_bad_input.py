@@ -165,8 +165,8 @@ def first(batches): return next(iter(batches))
 
 
 CALLS = {
-    'focus_area.focus_area': each(lambda v: focus_area.focus_area(M, v), X[:0], X*nan, X*inf, [], [X[0], X[0, 0]], [X],
-        *BATCHES) + each(lambda v: focus_area.focus_area(v, X), *MODELS)
+    'focus_area.focus_area': each(lambda v: focus_area.focus_area(M, v), X[:0], X*nan, X*inf, [], [X[0], X[0, 0]],
+        [None], [()], *BATCHES) + each(lambda v: focus_area.focus_area(v, X), *MODELS)
         + options(lambda **k: focus_area.focus_area(M, X, **k), tau=TAUS, rule=[*WORDS, ['threshold']], stage=WORDS,
             target=[[0], [0, 9], [0, -1], [.5, 1.], 'ab', 5, nan, [[0, 1]], [True, False], [None, 0]])
         + each(lambda v: focus_area.focus_area(M, X, rule='sufficient', steps=v), *COUNTS),
@@ -179,12 +179,12 @@ CALLS = {
         None) + each(lambda v: focus_area.energy_mask(MAPS, v), *SIZES),
     'focus_area.region': each(lambda v: focus_area.region(M, X, v, Y), MAPS[:1], MAPS[0],
         None) + options(lambda **k: focus_area.region(M, X, MAPS, Y, **k), tau=TAUS, rule=WORDS),
-    'focus_area.distribution': each(focus_area.distribution, [], [nan], [2.], [-1.], 'x', None,
+    'focus_area.distribution': each(focus_area.distribution, [], [inf], [2.], [-1.], 'x', None,
         [[.5]]) + each(lambda v: focus_area.distribution([.5], v), *COUNTS),
     'focus_area.bootstrap_means': each(focus_area.bootstrap_means, [], [nan], 'x', None,
         5) + each(lambda v: focus_area.bootstrap_means([.5], v), *COUNTS),
-    'focus_area.summary': each(focus_area.summary, [], [nan], 'x', None, 5) + each(lambda v: focus_area.summary([.5], v), *COUNTS),
-    'erf.impact_map': each(lambda v: erf.impact_map(M, v), X[:0], X*nan, X*inf, [], [X[0]], [(), ()], [X, torch.rand(1, 3, 16, 16)],
+    'focus_area.summary': each(focus_area.summary, [], [inf], [[nan]], 'x', None, 5) + each(lambda v: focus_area.summary([.5], v), *COUNTS),
+    'erf.impact_map': each(lambda v: erf.impact_map(M, v), X[:0], X*nan, X*inf, [], X[0], [(), ()], [X, torch.rand(1, 3, 16, 16)],
         *BATCHES) + each(lambda v: erf.impact_map(v, X), *MODELS)
         + options(lambda **k: erf.impact_map(M, X, **k), stage=WORDS, center=WORDS, relu=WORDS, batch_size=[*COUNTS, 10**30]),
     'erf.impact_replicates': options(lambda **k: erf.impact_replicates(M, X, **k), replicates=[*COUNTS[1:], 10**12]),
@@ -197,8 +197,8 @@ CALLS = {
     'erf.coupled_impacts': each(lambda v: erf.coupled_impacts(M, v), X[:1], X[:0],
         *BATCHES) + each(lambda v: erf.coupled_impacts(M, X, stage=v), *WORDS),
     'erf.calibrate': each(lambda v: erf.calibrate(models.create_model('resnet18', 5, width=.25), v), [], X[:0], X[0], None),
-    'erf.activity_table': each(lambda v: erf.activity_table(M, v), [], None, [(X[0], Y)],
-        X) + options(lambda **k: erf.activity_table(M, [(X, Y)], **k), part=[0, *TAUS], stage=WORDS),
+    'erf.activity_table': each(lambda v: erf.activity_table(M, v), [], None, [(X[0, 0], Y)],
+        X[0]) + options(lambda **k: erf.activity_table(M, [(X, Y)], **k), part=[0, *TAUS], stage=WORDS),
     'erf.center_value': each(lambda v: erf.center_value(FEATURES, v), *WORDS) + each(erf.center_value, FEATURES[0, 0], FEATURES[..., :0]),
     'cam.class_activation_map': each(lambda v: cam.class_activation_map(FEATURES, W, v), Y[:1], Y + 9, Y - 1, Y*1., Y.bool(), [0, 1],
         None) + [lambda: cam.class_activation_map(FEATURES[0], W, Y), lambda: cam.class_activation_map(FEATURES, W[:, :3], Y)],
