@@ -229,7 +229,7 @@ def image_groups(
     return fig
 
 # %% ../nbs/10_plots.ipynb #2ccb67fb
-ACTIVITY = {**FIG6, 'pcl': RED}
+ACTIVITY = {**FIG6, 'pcl': RED, 'pcl_s4': PURPLE}
 
 def activity_against_erf(
     table:pd.DataFrame   # arch, network, stage, positive, erf, erf_low, erf_high
