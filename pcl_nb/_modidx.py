@@ -352,6 +352,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                 'pcl_nb.methods.TwoBranch.__init__': ('methods.html#twobranch.__init__', 'pcl_nb/methods.py'),
                                 'pcl_nb.methods.TwoBranch.branches': ('methods.html#twobranch.branches', 'pcl_nb/methods.py'),
                                 'pcl_nb.methods.TwoBranch.forward': ('methods.html#twobranch.forward', 'pcl_nb/methods.py'),
+                                'pcl_nb.methods._anew': ('methods.html#_anew', 'pcl_nb/methods.py'),
                                 'pcl_nb.methods._check_factor': ('methods.html#_check_factor', 'pcl_nb/methods.py'),
                                 'pcl_nb.methods._check_rate': ('methods.html#_check_rate', 'pcl_nb/methods.py'),
                                 'pcl_nb.methods._check_threshold': ('methods.html#_check_threshold', 'pcl_nb/methods.py'),

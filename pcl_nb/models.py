@@ -119,7 +119,7 @@ class StagedClassifier(nn.Module):
             f"head {head!r} is not a linear layer; valid: {', '.join(linear) or 'none, this network has no linear layer'}")
         self.channels, self._last_relu, self._rectified = self._probed(size)
         self.stats = stats if stats is None else checked_stats(stats, self.input_shape[0])
-        self.side_head = None
+        self.side_head, self.rebuild = None, None      # rebuild() gives the same network, initialised anew; None: it is not known how
         if side:
             choose('stage3', self.stages, 'stage for the side head')
             self.side_head = nn.Linear(self.channels['stage3'], self.head.out_features)
@@ -519,6 +519,7 @@ def create_model(
         f'weights {weights!r} fit the published network; give width 1 and small_input False')
     net = initialise(build(PUBLIC[weights].classes if public else num_classes, width, small_input), init)
     model = StagedClassifier(net, stages, head, side, arch, stats=PUBLIC[weights].stats if public else None)
+    model.rebuild = partial(create_model, arch, num_classes, width=width, small_input=small_input, init=init)
     if public:
         _fill(model.net, public_state(weights, arch), f'{weights} weights of {arch}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
