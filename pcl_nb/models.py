@@ -94,9 +94,32 @@ def _once(net, x):
     with frozen(net), torch.no_grad(), _hooked(*((m.register_forward_hook, seen(n)) for n, m in net.named_modules() if n)): net(x)
     return [n for n in maps if calls[n] == 1]
 
+# %% ../nbs/02_models.ipynb #6c02a7e1
+def _depths(end, counted):
+    "Node of autograd's graph -> most nodes of `counted` on a way from the input to it, itself included; for all that lead to `end`."
+    depths, waiting = {}, [end]
+    while waiting:
+        before = [n for n, _ in waiting[-1].next_functions if n is not None]
+        if todo := [n for n in before if n not in depths]: waiting += todo
+        else: node = waiting.pop(); depths[node] = max((depths[n] for n in before), default=0) + (node in counted)
+    return depths
+
+def _deepest_convolution(net, stage, x):
+    "Name and number of the call of the convolution with most convolutions before it, of those that lead to the end of a stage (a module) and give a map of its size; None if there is none."
+    made, calls, reached = {}, Counter(), []
+    def see(name):
+        def hook(module, args, output): calls[name] += 1; made[output.grad_fn] = name, calls[name], output.shape[-2:]
+        return hook
+    def stop(module, args, output): reached.append(output); raise _Reached
+    with frozen(net), torch.enable_grad(), contextlib.suppress(_Reached), _hooked(*((m.register_forward_hook, see(n))
+        for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), (stage.register_forward_hook, stop)): net(x.requires_grad_().clone())
+    depths = _depths(reached[0].grad_fn, made) if reached[0].grad_fn else {}
+    found = [(depths[node], i, call) for i, (node, (*call, size)) in enumerate(made.items()) if node in depths and size == reached[0].shape[-2:]]
+    return tuple(max(found)[2]) if found else None
+
 # %% ../nbs/02_models.ipynb #d8d779e1
 PROBED = 64, 224, 299          # pixels: sizes of the image that is passed through a network to find its stages, in this order
-RELU = 'after', 'before'       # which side of a stage's last ReLU: an open choice of the appendix, this is its default
+RELU = 'after', 'before', 'conv'     # the final convolution of a stage (U10): its output after its last ReLU, before it, or its last convolution's
 
 class StagedClassifier(nn.Module):
     "A CNN with named stages, global average pooling and a linear head; optionally a side head at stage 3."
@@ -118,6 +141,7 @@ class StagedClassifier(nn.Module):
         require(head in linear,
             f"head {head!r} is not a linear layer; valid: {', '.join(linear) or 'none, this network has no linear layer'}")
         self.channels, self._last_relu, self._rectified = self._probed(size)
+        self._convolutions = {}                                # stage -> what `last_convolution` found
         self.stats = stats if stats is None else checked_stats(stats, self.input_shape[0])
         self.side_head, self.rebuild = None, None      # rebuild() gives the same network, initialised anew; None: it is not known how
         if side:
@@ -155,15 +179,49 @@ class StagedClassifier(nn.Module):
     def stage_features(self,
         x:Tensor,            # (B,3,H,W), normalised
         stage:str,           # a name in `stages`
-        relu:str='after'     # 'after' or 'before' the stage's last ReLU
+        relu:str='after'     # a name in `RELU`: 'after' or 'before' the stage's last ReLU, 'conv' its last convolution
     ) -> Tensor:  # (B,K,h,w)
-        "Feature maps at the end of a stage; nothing behind it is computed."
-        skip = self._skip_last_relu(stage) if choose(relu, RELU, 'side of the ReLU') == 'before' else contextlib.nullcontext()
-        def stop(module, args, output): raise _Reached(output)
-        with skip, _hooked((self._stage(stage).register_forward_hook, stop)):
+        "Feature maps at the end of a stage; nothing after it is computed."
+        skip = self._skip_last_relu(stage) if choose(relu, RELU, 'reading of the final convolution') == 'before' else contextlib.nullcontext()
+        end, nth = (self.net.get_submodule((c := self.last_convolution(stage))[0]), c[1]) if relu == 'conv' else (self._stage(stage), 1)
+        calls = []
+        def stop(module, args, output):
+            calls.append(1)
+            if len(calls) == nth: raise _Reached(output)
+        with skip, _hooked((end.register_forward_hook, stop)):
             try: self.net(x)
             except _Reached as r: return self.stage_end(stage, r.args[0]) if relu == 'after' else r.args[0]
         raise InputError(f'{stage} ({self.stages[stage]}) is not reached by a forward pass')
+
+    def last_convolution(self,
+        stage:str  # a name in `stages`
+    ) -> tuple:  # its dotted name, and which of its calls in a forward pass: 1 for the first
+        "The deepest convolution before the end of a stage, of those that give a map of its size; `InputError` if there is none."
+        require(found := self._convolution(stage), f"{stage} has no nn.Conv2d before its end; relu='conv' needs one")
+        return found
+
+    def stage_readings(self,
+        x:Tensor,            # (B,3,H,W), normalised
+        stage:str,           # a name in `stages`
+        of                   # function of feature maps (B,K,h,w)
+    ) -> dict:  # reading, a name in `RELU` -> what `of` gives
+        "`of(stage_features(x, stage, relu))` for every reading, from one forward pass; from two if the stage does not end with its last ReLU."
+        (name, nth), (relu, nth_relu), found, calls = self.last_convolution(stage), self._last_relu[stage] or ('', 0), {}, Counter()
+        def conv(module, args, output):
+            calls['conv'] += 1
+            if calls['conv'] == nth: found['conv'] = of(output)
+        def before(module, args):
+            calls['relu'] += 1
+            if calls['relu'] == nth_relu: found['before'] = of(args[0])
+        def rectified(module, args, output):
+            if calls['relu'] == nth_relu: found['end'] = output
+        def end(module, args, output):
+            if found.pop('end', None) is not output: found.pop('before', None)
+            found['after'] = of(self.stage_end(stage, output)); raise _Reached
+        act = self.net.get_submodule(relu)
+        with contextlib.suppress(_Reached), _hooked((self.net.get_submodule(name).register_forward_hook, conv), (act.register_forward_pre_hook, before),
+            (act.register_forward_hook, rectified), (self._stage(stage).register_forward_hook, end)): self.net(x)
+        return {r: found[r] if r in found else of(self.stage_features(x, stage, r)) for r in RELU}
 
     def stage_head(self,
         stage:str  # a name in `stages`
@@ -184,6 +242,10 @@ class StagedClassifier(nn.Module):
         return placed(self.net, torch.rand(1, *self.input_shape, generator=torch.Generator().manual_seed(0)))
 
     def _size(self): return f'{self.input_shape[1]}x{self.input_shape[2]} px'
+
+    def _convolution(self, stage):
+        if stage not in self._convolutions: self._convolutions[stage] = _deepest_convolution(self.net, self._stage(stage), self.probe_image())
+        return self._convolutions[stage]
 
     def _stage(self, stage): return self.net.get_submodule(self.stages[choose(stage, self.stages, 'stage')])
 
@@ -576,9 +638,9 @@ def _foldable(model):
             return {n: m for n, m in model.net.named_modules() if type(m) is kind
                 and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))}
         convs, norms = plain(nn.Conv2d), {n: m for n, m in plain(nn.BatchNorm2d).items() if m.track_running_stats}
-        x = model.probe_image()
+        x, ends = model.probe_image(), {c[0] for s in model.stages if (c := model._convolution(s))}
         with torch.no_grad():
-            pairs = _watched(model.net, x, convs, norms, ())[1]
+            pairs = [p for p in _watched(model.net, x, convs, norms, ())[1] if p[0] not in ends]
             alone = pairs and torch.isfinite(_watched(model.net, x, convs, norms, {c for c, _ in pairs})[0]).all()
         model._pairs = pairs if alone else []
     return [(model.net.get_submodule(c), model.net.get_submodule(n)) for c, n in model._pairs]
