@@ -28,7 +28,7 @@ def class_activation_map(
     fits = (isinstance(target, Tensor) and target.shape == (B,) and target.dtype in (torch.int64, torch.int32)
         and (target.device.type != 'cpu' or bool(((target >= 0) & (target < len(weight))).all())))   # elsewhere a look would make the device wait
     if not fits: raise InputError(f'target {brief(target)} does not fit; give one class, 0 to {len(weight) - 1}, for each of {B} images')
-    dtype = torch.promote_types(features.dtype, torch.float32)                  # a threshold on 8 bits would be another region
+    dtype = torch.promote_types(features.dtype, torch.float32)      # a threshold on 8 bits gives another region
     with torch.autocast(features.device.type, enabled=False):
         return torch.bmm(weight[target][:, None].to(dtype), features.flatten(2).to(dtype)).view(B, h, w)
 

@@ -82,7 +82,8 @@ def _impacts(model, x, stage, center, relu):
     with torch.enable_grad(), fitting(model, x):
         x = x.detach().requires_grad_()
         y = center_value(model.stage_features(x, stage, relu), center)
-        require(y.requires_grad, f'{stage} has no gradient: the network detaches it, or computes it under torch.no_grad()')
+        require(y.requires_grad,
+            f'{stage} has no gradient: the network detaches it, or computes it under torch.no_grad()')
         return torch.autograd.grad(y.sum(), x)[0].abs().mean(1)
 
 def _independent_impacts(model, x, stage, center, relu):
@@ -125,7 +126,8 @@ def impact_replicates(
         for x in _stream(images, batch_size, model, size, stats):
             impact = impacts(placed(model, x)).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)
-            require(total is None or total.shape[1] == impact.shape[1], 'images have different sizes; an impact map needs one size: give size=..., to which they are resized')
+            require(total is None or total.shape[1] == impact.shape[1],
+                'images have different sizes; an impact map needs one: give size=..., to which they are resized')
             total, weights = (w.T @ impact, w.sum(0)) if total is None else (total + w.T @ impact, weights + w.sum(0))
             shape = x.shape[-2:]
             bar.update(len(x))
@@ -263,7 +265,8 @@ def coupled_impacts(
     "Each image's impact with and without batch normalisation's coupling, by one backward pass an image (appendix D.3)."
     model = staged(model)
     choose(stage, model.stages, 'stage')
-    require(len(image_batch(images, model.input_shape[0])) >= 2, f'{len(images)} image cannot share batch statistics; give 2 or more')
+    require(len(image_batch(images, model.input_shape[0])) >= 2,
+        f'{len(images)} image cannot share batch statistics; give 2 or more')
     with frozen(model), repeatable(), torch.enable_grad():
         x = placed(model, images)
         running = _independent_impacts(model, x, stage, center, relu)
@@ -285,7 +288,7 @@ def _own_statistics(norms):
     "Statistics that can be written: float32 at least, and no inference tensors."
     for m in norms:
         require(m.running_var.dtype in (torch.float32, torch.float64),
-            f'batch normalisation keeps its statistics in {m.running_var.dtype}, too coarse for a mean over images; call model.float() first')
+            f'batch normalisation keeps its statistics in {m.running_var.dtype}, too coarse for a mean; call model.float() first')
         for name, t in m.named_buffers(recurse=False):
             if t.is_inference(): setattr(m, name, t.clone())
 
@@ -394,7 +397,7 @@ def stored_coupling(
 @torch.no_grad()
 def activity_table(
     model:StagedClassifier,
-    loader,                    # yields images (B,3,H,W), normalised; or images in any other form that `models.loaded` takes
+    loader,                    # yields images (B,3,H,W), normalised; or another form that `models.loaded` takes
     *,
     stage:str='stage4',
     part:float=.5              # of the maximum, from which a position belongs to the activated region

@@ -116,8 +116,9 @@ def coverage_ratio(
 
 def _warn_undefined(coverage):
     n = int(coverage.isnan().sum())
-    if n: warnings.warn(f'the coverage ratio of {n} of {len(coverage)} images is undefined (NaN), not zero: the class activation map is flat, '
-        'or a single position; give larger images (size=...), an earlier stage, or a network made with small_input=True', stacklevel=3)
+    if n: warnings.warn(f'the coverage ratio of {n} of {len(coverage)} images is undefined (NaN), not zero: the class '
+        'activation map is flat, or a single position; give larger images (size=...), an earlier stage, '
+        'or a network made with small_input=True', stacklevel=3)
 
 @torch.no_grad()
 def _focus_part(model, images, rule, tau, stage, target, steps, normalize):
@@ -143,7 +144,7 @@ def _check_target(target, n, classes, device):
 
 def focus_area(
     model:StagedClassifier,
-    images,                    # normalised (B,3,H,W), a list of (3,H,W), a loader, or images in any other form that `models.loaded` takes
+    images,                    # normalised (B,3,H,W), a list of (3,H,W), a loader, or another form that `models.loaded` takes
     *,
     rule:str='threshold',      # 'threshold', 'energy' or 'sufficient'
     tau:float=.5,              # threshold, or share of the mass, in [0,1]
@@ -166,10 +167,12 @@ def focus_area(
         for x, _ in loaded(images, model, size=size, stats=stats, batch_size=batch_size):
             t = None if target is None else target[done:done + len(x)]
             done += len(x)
-            require(t is None or len(t) == len(x), f'target {brief(target)} has too few classes; give one for each image')
+            require(t is None or len(t) == len(x),
+                f'target {brief(target)} has too few classes; give one for each image')
             found.append(_focus(model, placed(model, x), rule, tau, stage, t, steps, normalize))
     require(done, 'no images: give 1 or more')
-    require(target is None or len(target) == done, f'target {brief(target)} has too many classes; give one for each of {done} images')
+    require(target is None or len(target) == done,
+        f'target {brief(target)} has too many classes; give one for each of {done} images')
     mask, coverage, prediction = zip(*found)
     coverage = torch.cat(coverage); _warn_undefined(coverage)
     same = len({m.shape[1:] for m in mask}) == 1
@@ -179,7 +182,7 @@ def focus_area(
 # %% ../nbs/08_focus_area.ipynb #e02c33d2
 def coverage_table(
     model:StagedClassifier,
-    loader,                    # yields images (B,3,H,W), normalised, and labels (B,); or a `Dataset` as `models.loaded` takes it
+    loader,                    # yields images (B,3,H,W), normalised, and labels (B,); or a `Dataset`
     *,
     rule:str='threshold',
     tau:float=.5,
@@ -198,7 +201,8 @@ def coverage_table(
     p, done, rows = next(model.parameters()), 0, []
     with folded(model), Progress(desc=f'focus area {rule}', unit=' images', disable=not progress, leave=False) as bar:
         for x, y in loaded(loader, model, size=size, stats=stats):
-            require(isinstance(y, Tensor) and y.shape == (len(x),), 'the loader yields no labels; give what yields images (B,3,H,W) and labels (B,)')
+            require(isinstance(y, Tensor) and y.shape == (len(x),),
+                'the loader yields no labels; give what yields images (B,3,H,W) and labels (B,)')
             truth = _check_target(y, len(x), model.num_classes, p.device) if target == 'truth' else None
             f = _focus(model, placed(model, x), rule, tau, stage, truth, 8, normalize)
             row = dict(label=y, prediction=f.prediction, coverage=f.coverage)
@@ -207,7 +211,8 @@ def coverage_table(
                     f'area {tuple(area.shape)} does not fit the images {tuple(x.shape)} from number {done} on; give (N,H,W), in the order of the loader')
                 e = area[done:done + len(x)].to(p.device)
                 both, whole = (f.mask & e).flatten(1).sum(1), e.flatten(1).sum(1)
-                row.update(evidence=whole/e[0].numel(), recall=(both/whole).masked_fill(f.coverage.isnan(), torch.nan), precision=both/f.mask.flatten(1).sum(1))
+                row.update(evidence=whole/e[0].numel(), recall=(both/whole).masked_fill(f.coverage.isnan(), torch.nan),
+                    precision=both/f.mask.flatten(1).sum(1))
             rows.append({k: v.cpu() for k, v in row.items()})
             done += len(x); bar.update(len(x))
     require(done, 'no images: give 1 or more')
@@ -261,7 +266,7 @@ def summary(
     coverage:Tensor,      # (N,) in [0,1]; NaN: undefined, left out
     replicates:int=200,
     seed:int=0
-) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles: NaN if none is defined; n images, `undefined` others
+) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles; n, and `undefined`: images left out
     "A distribution in numbers."
     coverage, undefined = _defined(coverage)
     names = ('mean', 'low', 'high', 'std', *(f'q{100*p:.0f}' for p in QUANTILES))
