@@ -182,7 +182,7 @@ def _numbers(row):
         + ('' if getattr(row, 'learned', True) else ' (a network that has not learned)'))
 
 def of_choice(
-    comparisons:pd.DataFrame   # optional: chosen, False in rows that only stand beside
+    comparisons:pd.DataFrame   # optional: chosen, False in companion rows
 ) -> pd.DataFrame:
     "The rows that verdicts rest on: those of the chosen images (U16)."
     return comparisons[comparisons.chosen.astype(bool)] if 'chosen' in comparisons else comparisons
@@ -282,9 +282,9 @@ def draws(
 
 # %% ../nbs/11_claims.ipynb #3b4e4016
 def _spread_tail(ratio, a, b, true):
-    "Probability of a deviation that is larger, relative to the difference, than the measured `ratio`, where the true one is `true`."
+    "Probability of a deviation / difference above the measured `ratio`, where the true one is `true`."
     k, df = 1/a + 1/b, a + b - 2
-    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)         # the difference is certain: chi-squared
+    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)    # the difference is certain: chi-squared
     return np.nan_to_num(special.ncfdtr(1, df, 1/(true*true*k), 1/(ratio*ratio*k)))         # NaN where it underflows: 0
 
 def spread_interval(
@@ -293,7 +293,7 @@ def spread_interval(
     a:int, b:int,      # runs of each kind
     level:float=.95
 ) -> tuple:  # s/|d|, low, high
-    "Exact interval of deviation / difference, by the noncentral F distribution; low may be infinite: then no finite ratio is likely."
+    "Exact interval of deviation / difference, by the noncentral F distribution; both ends may be infinite."
     if not s or not d: return (0., 0., 0.) if d else (math.inf, math.inf, math.inf) if s else (math.nan, 0., math.inf)
     ratio = s/abs(d)
     def end(q):
@@ -306,8 +306,8 @@ def spread_interval(
 # %% ../nbs/11_claims.ipynb #d61704df
 def scheme_distances(
     shares:pd.DataFrame   # scheme ('simple' or 'complex'), seed, data, bin, share: of the images in each bin
-) -> pd.DataFrame:  # data, bin, runs, schemes: half the absolute difference of shares; summed over bins, the total variation
-    "How far distributions lie apart, bin by bin: two runs of one scheme, and of different schemes; means over all pairs."
+) -> pd.DataFrame:  # data, bin, runs, schemes: half the difference of shares; sums are total variations
+    "How far runs of one scheme, and of different schemes, lie apart in each bin; means over all pairs."
     rows = []
     for data, t in shares.groupby('data', sort=False):
         runs = {s: u.pivot(index='seed', columns='bin', values='share').to_numpy() for s, u in t.groupby('scheme')}
@@ -336,7 +336,7 @@ def difference_interval(
     return float(d), float(d - half), float(d + half)
 
 def judge_repeats(
-    means:pd.DataFrame,            # arch, network, scheme, seed, data ('scenes' or 'objects'), mean: of the coverage ratio; learned (optional)
+    means:pd.DataFrame,           # arch, network, scheme, seed, data ('scenes' or 'objects'), mean; optional: learned
     distances:pd.DataFrame=None    # of `scheme_distances`, with arch: stand beside the means in the evidence of C1
 ) -> pd.DataFrame:  # as `judge`; empty if no baseline was trained under both schemes
     "C1 and C2 from repeated runs of the baseline under two training schemes."
@@ -376,7 +376,8 @@ def judge_repeats(
 def _in_words(distances):
     "Distances of distributions on scenes, beside the means."
     sums = distances[distances.data == 'scenes'][['runs', 'schemes']].sum(skipna=False)
-    return '' if sums.isna().any() else f'; distributions apart: runs {sums.runs:.2f}, schemes {sums.schemes:.2f} of the images'
+    if sums.isna().any(): return ''
+    return f'; distributions apart: runs {sums.runs:.2f}, schemes {sums.schemes:.2f} of the images'
 
 def _runs_each(said, had, decided, learned):
     "How many runs of each scheme it takes until `decided`, which takes their number."
@@ -461,6 +462,7 @@ def image_kinds(
     only = (baseline.prediction.to_numpy() == label) & (other.prediction.to_numpy() != label)
     return {'shrink': change <= -CHANGE, 'right only with the baseline although enlarged': only & (change >= CHANGE)}
 
+# %% ../nbs/11_claims.ipynb #70f1d8cc
 def judge_images(
     arch:str,
     label:np.ndarray,                                # (N,)
@@ -469,18 +471,22 @@ def judge_images(
     control:pd.DataFrame=None                        # as `pcl`, of a second baseline; None: no verdict
 ) -> pd.DataFrame:  # as `judge`
     "C7: single images can shrink, and enlargement can mislead, more often than between two baselines."
-    def share(v): return '{} of {} images, {:.1%} [{:.1%}, {:.1%}]'.format(v.sum(), len(v), *share_interval(v.sum(), len(v)))
-    kinds, of_seeds = image_kinds(label, baseline, pcl), image_kinds(label, baseline, pcl if control is None else control)
+    kinds = image_kinds(label, baseline, pcl)
+    of_seeds = kinds if control is None else image_kinds(label, baseline, control)
     apart = {k: paired_shares(v, of_seeds[k]) for k, v in kinds.items()}
-    text = '; '.join(f'{k}: {share(v)}' + ('' if control is None else
-        f', {of_seeds[k].mean():.1%} between two baselines, ' + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k])) for k, v in kinds.items())
+    def told(k, v):
+        n, N = v.sum(), len(v)
+        share = f'{k}: {n} of {N} images, ' + '{:.1%} [{:.1%}, {:.1%}]'.format(*share_interval(n, N))
+        return share if control is None else (f'{share}, {of_seeds[k].mean():.1%} between two baselines, '
+            + 'difference {:+.1%} [{:+.1%}, {:+.1%}]'.format(*apart[k]))
+    text = ('an illustration: ' if control is None else '') + '; '.join(told(*kind) for kind in kinds.items())
     def rule(intervals): return joint_verdict(verdict(*i) for i in intervals)
     rows = [SimpleNamespace(difference=d, low=low, high=high, images=len(label)) for d, low, high in apart.values()]
     said = rule([(r.low, r.high) for r in rows]) if learned and control is not None else 'inconclusive'
-    takes = ('' if said != 'inconclusive' else UNLEARNED if not learned else 'a second run of the baseline' if control is None
-        else to_decide(rows, rule))
+    takes = ('' if said != 'inconclusive' else UNLEARNED if not learned
+        else 'a second run of the baseline' if control is None else to_decide(rows, rule))
     return pd.DataFrame([dict(arch=arch, claim='C7', says='single images can shrink, and enlargement can bring in confusing features',
-        evidence=text if control is not None else f'an illustration: {text}', verdict=said, takes=takes, figure='fig4')])
+        evidence=text, verdict=said, takes=takes, figure='fig4')])
 
 # %% ../nbs/11_claims.ipynb #925be805
 NORMALISED = 'objects', 'scenes', 'pcl'      # the trained networks of C15
@@ -492,8 +498,10 @@ def activity_claims_of(
     return {
         'C15': ("it does not depend on batch normalisation's coupling",
             tuple(Part(f'{n}, coupled', f'{n}, constant', 'stage4', '=') for n in NORMALISED), 'relu_activity'),
-        'C16': ('scene networks activate more positions (higher P(x_c > 0))', (Part('scenes', 'objects', 'positive'),), 'relu_activity'),
-        'C18': ('PCL activates more positions than the baseline', (Part('pcl', 'scenes', 'positive'),), 'relu_activity'),
+        'C16': ('scene networks activate more positions (higher P(x_c > 0))',
+            (Part('scenes', 'objects', 'positive'),), 'relu_activity'),
+        'C18': ('PCL activates more positions than the baseline',
+            (Part('pcl', 'scenes', 'positive'),), 'relu_activity'),
     }
 
 # %% ../nbs/11_claims.ipynb #41cc5e03
@@ -526,7 +534,8 @@ def rank_correlation(
 ) -> dict:  # spearman, low, high, networks, count (as how many independent ones they count)
     "Spearman's rank correlation over networks, with its 95 % interval."
     n, k = len(x), len(set(families))
-    if n < 3 or min(len(set(x)), len(set(y))) < 2: return dict(spearman=math.nan, low=-1., high=1., networks=n, count=0.)
+    if n < 3 or min(len(set(x)), len(set(y))) < 2:
+        return dict(spearman=math.nan, low=-1., high=1., networks=n, count=0.)
     ranks = [stats.rankdata(v) for v in (x, y)]
     rho, m = float(np.corrcoef(*ranks)[0, 1]), n/k
     count = n/(1 + (m - 1)*math.prod(_relatives(r, families) for r in ranks)) if k > 1 else 1.
@@ -552,13 +561,14 @@ def network_correlations(
     "The two halves of C22."
     t = activity[(activity.network != 'init') & activity.get('learned', pd.Series(True, activity.index)).astype(bool)]
     last, changes = t[t.stage == 'stage4'], pcl_changes(t)
-    return pd.DataFrame([dict(of='P(x > 0) and ERF', sign='>', **rank_correlation(last.positive, last.erf, last.arch)),
-        dict(of='changes of ERF and accuracy under PCL', sign='<=', **rank_correlation(changes.erf, changes.top1, changes.arch))])
+    halves = dict(of='P(x > 0) and ERF', sign='>'), dict(of='changes of ERF and accuracy under PCL', sign='<=')
+    numbers = (last.positive, last.erf, last.arch), (changes.erf, changes.top1, changes.arch)
+    return pd.DataFrame([dict(h, **rank_correlation(*n)) for h, n in zip(halves, numbers)])
 
 # %% ../nbs/11_claims.ipynb #f1728288
 def _networks_to_decide(r):
     "How many networks, related as these are, would decide one half."
-    if not (math.isfinite(r.spearman) and r.count > 1): return f'{r.of}: networks of several architectures'
+    if not (math.isfinite(r.spearman) and r.count > 1): return f'{r.of}: networks of several architectures that have learned'
     sizes = range(r.networks + 1, FAR*r.networks + 1)
     said = [verdict(*rank_interval(r.spearman, n, r.count*n/r.networks), r.sign, CONSISTENT) for n in sizes]
     first = next((i for i in range(len(said), 0, -1) if said[i - 1] != said[-1]), 0)
@@ -572,8 +582,10 @@ def judge_together(
     rows = list(network_correlations(activity).itertuples())
     halves = [verdict(r.low, r.high, r.sign, CONSISTENT) for r in rows]
     said = joint_verdict(halves)
-    takes = '; '.join(_networks_to_decide(r) for r, v in zip(rows, halves) if v == 'inconclusive') if said == 'inconclusive' else ''
-    def numbers(r): return f'{r.spearman:+.2f} [{r.low:+.2f}, {r.high:+.2f}]' if math.isfinite(r.spearman) else 'undefined'
+    open_ = [r for r, v in zip(rows, halves) if v == said == 'inconclusive']
+    takes = '; '.join(_networks_to_decide(r) for r in open_)
+    def numbers(r):
+        return f'{r.spearman:+.2f} [{r.low:+.2f}, {r.high:+.2f}]' if math.isfinite(r.spearman) else 'undefined'
     return pd.DataFrame([dict(arch='all', claim='C22', verdict=said, takes=takes, figure='relu_activity',
         says='P(x_c > 0) and ERF go together over networks; ERF and accuracy under PCL do not, consistently',
         evidence='; '.join(f'{r.of}: {numbers(r)}, {r.networks} networks' for r in rows))])
@@ -622,7 +634,7 @@ def _unpaired(runs, part):
     if not (len(a) and len(b)): return None
     d, low, high = difference_interval(a.top1, b.top1)
     return SimpleNamespace(part=part, difference=d, low=low, high=high, runs=(len(a), len(b)),
-        learned=_learned(a) and (_learned(b) or part.sign != '='))
+        learned=_learned(a) and _learned(b))
 
 def _with_runs(row, n):
     "The interval of a comparison that rested on n runs of each method."

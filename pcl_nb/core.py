@@ -209,8 +209,9 @@ def integer(
 ):
     "A check: a whole number from `low` to `high`."
     def check(value):
+        top = f'to {high}' if high < 2**31 else 'up'
         require(is_whole(value) and low <= value <= high,
-            f'{brief(value)} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up') + _as_text(value))
+            f'{brief(value)} is not a whole number from {low} {top}{_as_text(value)}')
         return value
     return check
 
@@ -220,8 +221,9 @@ def number(
 ):
     "A check: a finite number from `low` to `high`."
     def check(value):
+        top = f'to {high}' if high < math.inf else 'up'
         require(is_real(value) and low <= value <= high,
-            f'{brief(value)} is not a number from {low}' + (f' to {high}' if high < math.inf else ' up') + _as_text(value))
+            f'{brief(value)} is not a number from {low} {top}{_as_text(value)}')
         return value
     return check
 

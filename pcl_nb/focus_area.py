@@ -159,16 +159,17 @@ def focus_area(
     _check_rule(rule, tau, normalize)
     model = staged(model)
     model.stage_head(stage)
-    target = _check_target(target, len(images) if isinstance(images, Tensor) and images.dim() else None, model.num_classes, model.head.weight.device)
+    n = len(images) if isinstance(images, Tensor) and images.dim() else None
+    target = _check_target(target, n, model.num_classes, model.head.weight.device)
     found, done = [], 0
     with folded(model):
         for x, _ in loaded(images, model, size=size, stats=stats, batch_size=batch_size):
             t = None if target is None else target[done:done + len(x)]
             done += len(x)
-            require(t is None or len(t) == len(x), f'target has {0 if t is None else len(target)} classes, there are more images; give one for each')
+            require(t is None or len(t) == len(x), f'target {brief(target)} has too few classes; give one for each image')
             found.append(_focus(model, placed(model, x), rule, tau, stage, t, steps, normalize))
     require(done, 'no images: give 1 or more')
-    require(target is None or len(target) == done, f'target has {0 if target is None else len(target)} classes, there are {done} images; give one for each')
+    require(target is None or len(target) == done, f'target {brief(target)} has too many classes; give one for each of {done} images')
     mask, coverage, prediction = zip(*found)
     coverage = torch.cat(coverage); _warn_undefined(coverage)
     same = len({m.shape[1:] for m in mask}) == 1
@@ -263,7 +264,8 @@ def summary(
 ) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles: NaN if none is defined; n images, `undefined` others
     "A distribution in numbers."
     coverage, undefined = _defined(coverage)
-    if not len(coverage): return dict.fromkeys(('mean', 'low', 'high', 'std', *(f'q{100*p:.0f}' for p in QUANTILES)), float('nan')) | dict(n=0, undefined=undefined)
+    names = ('mean', 'low', 'high', 'std', *(f'q{100*p:.0f}' for p in QUANTILES))
+    if not len(coverage): return dict.fromkeys(names, float('nan')) | dict(n=0, undefined=undefined)
     ends = torch.quantile(bootstrap_means(coverage, replicates, seed), torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     q = torch.quantile(coverage, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return dict(mean=coverage.mean().item(), low=ends[0], high=ends[1], std=coverage.std(correction=0).item(),

@@ -24,7 +24,7 @@ from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from .core import InputError, Progress, brief, choose, is_real, is_whole, require, resolve
-from .data import IMG_EXTENSIONS, _pixels, _readable, decode
+from .data import IMG_EXTENSIONS, _pixels, _readable, decode, images_below
 
 # %% ../nbs/02_models.ipynb #7078faa7
 class _Reached(Exception):
@@ -68,7 +68,8 @@ def submodule(
 def _height_and_width(size):
     "A size in pixels as (height, width)."
     pair = (size, size) if is_whole(size) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair), f'size {brief(size)} is not valid; give pixels, or (height, width)')
+    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair),
+        f'size {brief(size)} is not valid; give pixels, or (height, width)')
     return pair
 
 ONCE = 'name a module that is called once'
@@ -93,9 +94,32 @@ def _once(net, x):
     with frozen(net), torch.no_grad(), _hooked(*((m.register_forward_hook, seen(n)) for n, m in net.named_modules() if n)): net(x)
     return [n for n in maps if calls[n] == 1]
 
+# %% ../nbs/02_models.ipynb #6c02a7e1
+def _depths(end, counted):
+    "Node of autograd's graph -> most nodes of `counted` on a way from the input to it, itself included; for all that lead to `end`."
+    depths, waiting = {}, [end]
+    while waiting:
+        before = [n for n, _ in waiting[-1].next_functions if n is not None]
+        if todo := [n for n in before if n not in depths]: waiting += todo
+        else: node = waiting.pop(); depths[node] = max((depths[n] for n in before), default=0) + (node in counted)
+    return depths
+
+def _deepest_convolution(net, stage, x):
+    "Name and number of the call of the convolution with most convolutions before it, of those that lead to the end of a stage (a module) and give a map of its size; None if there is none."
+    made, calls, reached = {}, Counter(), []
+    def see(name):
+        def hook(module, args, output): calls[name] += 1; made[output.grad_fn] = name, calls[name], output.shape[-2:]
+        return hook
+    def stop(module, args, output): reached.append(output); raise _Reached
+    with frozen(net), torch.enable_grad(), contextlib.suppress(_Reached), _hooked(*((m.register_forward_hook, see(n))
+        for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), (stage.register_forward_hook, stop)): net(x.requires_grad_().clone())
+    depths = _depths(reached[0].grad_fn, made) if reached[0].grad_fn else {}
+    found = [(depths[node], i, call) for i, (node, (*call, size)) in enumerate(made.items()) if node in depths and size == reached[0].shape[-2:]]
+    return tuple(max(found)[2]) if found else None
+
 # %% ../nbs/02_models.ipynb #d8d779e1
 PROBED = 64, 224, 299          # pixels: sizes of the image that is passed through a network to find its stages, in this order
-RELU = 'after', 'before'       # which side of a stage's last ReLU: an open choice of the appendix, this is its default
+RELU = 'after', 'before', 'conv'     # the final convolution of a stage (U10): its output after its last ReLU, before it, or its last convolution's
 
 class StagedClassifier(nn.Module):
     "A CNN with named stages, global average pooling and a linear head; optionally a side head at stage 3."
@@ -117,6 +141,7 @@ class StagedClassifier(nn.Module):
         require(head in linear,
             f"head {head!r} is not a linear layer; valid: {', '.join(linear) or 'none, this network has no linear layer'}")
         self.channels, self._last_relu, self._rectified = self._probed(size)
+        self._convolutions = {}                                # stage -> what `last_convolution` found
         self.stats = stats if stats is None else checked_stats(stats, self.input_shape[0])
         self.side_head, self.rebuild = None, None      # rebuild() gives the same network, initialised anew; None: it is not known how
         if side:
@@ -142,7 +167,8 @@ class StagedClassifier(nn.Module):
         def read(module, args):
             last = list(self.stages)[-1]
             if last in found and args and len(x): require(self.training or _averages(found[last][0][:1], args[0][:1]),
-                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; it does at {self._size()}')
+                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; '
+                f'it does at {self._size()}')
         with _hooked(*((self._stage(s).register_forward_hook, keep(s)) for s in stages), (self.head.register_forward_pre_hook, read)):
             logits = self.net(x)
         for stage, (f, version) in found.items():
@@ -153,15 +179,49 @@ class StagedClassifier(nn.Module):
     def stage_features(self,
         x:Tensor,            # (B,3,H,W), normalised
         stage:str,           # a name in `stages`
-        relu:str='after'     # 'after' or 'before' the stage's last ReLU
+        relu:str='after'     # a name in `RELU`: 'after' or 'before' the stage's last ReLU, 'conv' its last convolution
     ) -> Tensor:  # (B,K,h,w)
-        "Feature maps at the end of a stage; nothing behind it is computed."
-        skip = self._skip_last_relu(stage) if choose(relu, RELU, 'side of the ReLU') == 'before' else contextlib.nullcontext()
-        def stop(module, args, output): raise _Reached(output)
-        with skip, _hooked((self._stage(stage).register_forward_hook, stop)):
+        "Feature maps at the end of a stage; nothing after it is computed."
+        skip = self._skip_last_relu(stage) if choose(relu, RELU, 'reading of the final convolution') == 'before' else contextlib.nullcontext()
+        end, nth = (self.net.get_submodule((c := self.last_convolution(stage))[0]), c[1]) if relu == 'conv' else (self._stage(stage), 1)
+        calls = []
+        def stop(module, args, output):
+            calls.append(1)
+            if len(calls) == nth: raise _Reached(output)
+        with skip, _hooked((end.register_forward_hook, stop)):
             try: self.net(x)
             except _Reached as r: return self.stage_end(stage, r.args[0]) if relu == 'after' else r.args[0]
         raise InputError(f'{stage} ({self.stages[stage]}) is not reached by a forward pass')
+
+    def last_convolution(self,
+        stage:str  # a name in `stages`
+    ) -> tuple:  # its dotted name, and which of its calls in a forward pass: 1 for the first
+        "The deepest convolution before the end of a stage, of those that give a map of its size; `InputError` if there is none."
+        require(found := self._convolution(stage), f"{stage} has no nn.Conv2d before its end; relu='conv' needs one")
+        return found
+
+    def stage_readings(self,
+        x:Tensor,            # (B,3,H,W), normalised
+        stage:str,           # a name in `stages`
+        of                   # function of feature maps (B,K,h,w)
+    ) -> dict:  # reading, a name in `RELU` -> what `of` gives
+        "`of(stage_features(x, stage, relu))` for every reading, from one forward pass; from two if the stage does not end with its last ReLU."
+        (name, nth), (relu, nth_relu), found, calls = self.last_convolution(stage), self._last_relu[stage] or ('', 0), {}, Counter()
+        def conv(module, args, output):
+            calls['conv'] += 1
+            if calls['conv'] == nth: found['conv'] = of(output)
+        def before(module, args):
+            calls['relu'] += 1
+            if calls['relu'] == nth_relu: found['before'] = of(args[0])
+        def rectified(module, args, output):
+            if calls['relu'] == nth_relu: found['end'] = output
+        def end(module, args, output):
+            if found.pop('end', None) is not output: found.pop('before', None)
+            found['after'] = of(self.stage_end(stage, output)); raise _Reached
+        act = self.net.get_submodule(relu)
+        with contextlib.suppress(_Reached), _hooked((self.net.get_submodule(name).register_forward_hook, conv), (act.register_forward_pre_hook, before),
+            (act.register_forward_hook, rectified), (self._stage(stage).register_forward_hook, end)): self.net(x)
+        return {r: found[r] if r in found else of(self.stage_features(x, stage, r)) for r in RELU}
 
     def stage_head(self,
         stage:str  # a name in `stages`
@@ -183,12 +243,17 @@ class StagedClassifier(nn.Module):
 
     def _size(self): return f'{self.input_shape[1]}x{self.input_shape[2]} px'
 
+    def _convolution(self, stage):
+        if stage not in self._convolutions: self._convolutions[stage] = _deepest_convolution(self.net, self._stage(stage), self.probe_image())
+        return self._convolutions[stage]
+
     def _stage(self, stage): return self.net.get_submodule(self.stages[choose(stage, self.stages, 'stage')])
 
     def _probed(self, size):
         "What `_probe` finds with images of `size`, or of the first of `PROBED` that the network runs on; `InputError` if there is none."
         sizes = [_height_and_width(s) for s in (PROBED if size is None else (size,))]
-        first, refused, failed = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3), None, None
+        first = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3)
+        refused = failed = None
         for s in sizes:
             for channels in dict.fromkeys((first, 3)):
                 self.input_shape = channels, *s
@@ -196,7 +261,8 @@ class StagedClassifier(nn.Module):
                 except InputError as e: refused = refused or e
                 except Exception as e: failed = e                       # whatever a network raises for a size that it does not take
         if refused: raise refused
-        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px ({_line(failed)}); give size=..., the height and width that it takes") from None
+        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px "
+            f"({_line(failed)}); give size=..., the height and width that it takes") from None
 
     def _probe(self, x):
         "Channels of each stage; the last ReLU before its end; the last stage if the head reads its pooled ReLU, else None."
@@ -208,7 +274,7 @@ class StagedClassifier(nn.Module):
                 require(isinstance(output, Tensor) and output.dim() == 4,
                     f'{stage} ({self.stages[stage]}) does not give feature maps (B,K,h,w)')
                 times[f'{stage} ({self.stages[stage]})'] += 1
-                channels[stage], pooled[stage] = output.shape[1], (output[:, :, :1, :1].clone() if 0 in output.shape else output.clone())
+                channels[stage], pooled[stage] = output.shape[1], output.clone()        # the next layer may overwrite it
                 last[stage] = (calls[-1], calls.count(calls[-1])) if calls else None
             return hook
         def read(module, args):
@@ -220,11 +286,12 @@ class StagedClassifier(nn.Module):
         lost = [s for s in self.stages if s not in channels]
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         for name, n in times.items():
-            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: {', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part of the network that sees one image'}")
+            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: "
+                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part of the network that sees one image'))
         require(any(pooled.get('head', ())),
                 f'head {self._head!r} does not read the global average of {stage} ({self.stages[stage]}); name the module whose output is pooled')
-        require(isinstance(logits, Tensor) and logits.shape == (1, self.num_classes),
-            f"the network gives {f'{tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}, not the {self.num_classes} logits of its head")
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        require(given == (1, self.num_classes), f'the network gives {given}, not the {self.num_classes} logits of its head')
         return channels, last, None if pooled['head'][0] else stage
 
     @contextlib.contextmanager
@@ -257,7 +324,8 @@ def _plain(t): return not t.is_inference() and (not t.is_floating_point() or t.d
 @contextlib.contextmanager
 def _computable(model):
     "Context manager: no autocast, no inference mode; weights of less than float32, and inference tensors, are replaced by float32 copies."
-    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items() if t is not None and not _plain(t)]
+    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items()
+        if t is not None and not _plain(t)]
     device, made = next((t.device.type for t in model.parameters()), 'cpu'), {}
     with contextlib.ExitStack() as modes:
         if torch.is_inference_mode_enabled():
@@ -570,9 +638,9 @@ def _foldable(model):
             return {n: m for n, m in model.net.named_modules() if type(m) is kind
                 and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))}
         convs, norms = plain(nn.Conv2d), {n: m for n, m in plain(nn.BatchNorm2d).items() if m.track_running_stats}
-        x = model.probe_image()
+        x, ends = model.probe_image(), {c[0] for s in model.stages if (c := model._convolution(s))}
         with torch.no_grad():
-            pairs = _watched(model.net, x, convs, norms, ())[1]
+            pairs = [p for p in _watched(model.net, x, convs, norms, ())[1] if p[0] not in ends]
             alone = pairs and torch.isfinite(_watched(model.net, x, convs, norms, {c for c, _ in pairs})[0]).all()
         model._pairs = pairs if alone else []
     return [(model.net.get_submodule(c), model.net.get_submodule(n)) for c, n in model._pairs]
@@ -704,16 +772,18 @@ def _as_pixels(image):
     if isinstance(image, Image.Image):
         with _readable('a PIL image'): return _pixels(image.copy())[None]
     if isinstance(image, (str, os.PathLike)):
-        require(str(image).strip() and resolve(image).is_file(), f'{brief(str(image))} is not a file; give an image, or a folder of images')
+        require(str(image).strip() and resolve(image).is_file(),
+            f'{brief(str(image))} is not a file; give an image, or a folder of images')
         return decode(resolve(image))[None]
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3, 4):
         image = torch.from_numpy(np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)).movedim(-1, -3)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4): return image[None] if image.dim() == 3 else image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4):
+        return image[None] if image.dim() == 3 else image
 
 def _normalised(pixels, channels, stats):
     "Bytes (b,c,H,W), gray or in colour, as a normalised batch (b,channels,H,W)."
-    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images that the network was trained on, '
-        'for example ((.485, .456, .406), (.229, .224, .225))')
+    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images that the network was '
+        'trained on, for example ((.485, .456, .406), (.229, .224, .225))')
     if channels == 3 and pixels.shape[1] == 1: pixels = pixels.expand(-1, 3, -1, -1)
     if channels == 1 and pixels.shape[1] == 3: pixels = rgb_to_grayscale(pixels)
     x = image_batch(pixels.float()/255, channels)
@@ -725,7 +795,7 @@ def _items(images, batch_size):
     "What is given, one image or one batch at a time, each with its label or None."
     several = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     if isinstance(images, (str, os.PathLike)) and str(images).strip() and (folder := resolve(images)).is_dir():
-        images = sorted(f for f in folder.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.'))
+        images = images_below(folder)
         require(images, f"folder {brief(str(folder))} holds no image; endings read: {' '.join(IMG_EXTENSIONS)}")
     if several: items = (images[i:i + batch_size] for i in range(0, len(images), batch_size))
     elif isinstance(images, (Tensor, np.ndarray, str, os.PathLike, Image.Image)): items = (images,)

@@ -224,7 +224,8 @@ def verdicts(
     tables = {p.stem: table(p) for p in judged(folder)}
     try: return judge_tables(tables)
     except (AttributeError, LookupError) as e:
-        raise InputError(f'a table in {str(folder)!r} is not of this version ({brief(str(e))}); run what wrote it again') from e
+        raise InputError(f'a table in {str(folder)!r} is not of this version ({brief(str(e))}); '
+            'run what wrote it again') from e
 
 def verdict_matrix(
     found:pd.DataFrame  # from `verdicts`

@@ -62,7 +62,8 @@ def test_every_choice_of_images_stands_beside_the_chosen_one(smoke):
         rows = table[(table.a == 'scenes') & (table.b == 'objects') & (table.stage == what)]
         assert rows.images_from.tolist() == ['scenes', 'objects', 'own'] and rows.chosen.tolist() == [True, False, False]
         assert rows.difference.nunique() == 3 and rows.learned.notna().all()
-    assert {('pcl', 'positive'), ('pcl', 'positive at stage 3'), ('pcl_s4', 'positive')} <= set(table[['a', 'stage']].itertuples(index=False, name=None))
+    compared = set(zip(table.a, table.stage))
+    assert {('pcl', 'positive'), ('pcl', 'positive at stage 3'), ('pcl_s4', 'positive')} <= compared
 
 
 def test_coupling_is_compared_with_the_same_statistics_held_constant(smoke):

@@ -123,8 +123,8 @@ def test_every_choice_of_images_stands_beside_the_chosen_one(smoke, tmp_path):
     assert of_default.chosen.tolist() == [True, False, False] and of_own.chosen.tolist() == [False, False, True]
     pd.testing.assert_frame_equal(of_default.drop(columns='chosen'), of_own.drop(columns='chosen'))
     assert own[own.b == 'init'].images_from.eq('own').all()
-    counts = {f: pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count') for f in (smoke.results, tmp_path/'figures'/'smoke')}
-    before, now = counts.values()
+    before, now = (pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count')
+        for f in (smoke.results, tmp_path/'figures'/'smoke'))
     assert before.scenes.equals(now.scenes) and not before.objects.equals(now.objects)
 
 
