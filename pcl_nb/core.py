@@ -11,7 +11,7 @@ __all__ = ['PROFILES', 'InputError', 'brief', 'choose', 'require', 'root', 'runs
            'markdown_table', 'save_table', 'gather_results', 'with_earlier']
 
 # %% ../nbs/00_core.ipynb #5429cafb
-import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
+import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, re, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -250,7 +250,7 @@ def literal(
     value:str  # '0.5', 'true', 'soft'
 ):
     "A number, True, False, or the text itself."
-    try: return json.loads(value.lower())
+    try: return json.loads(re.sub(r'^(-?)\.(?=\d)', r'\g<1>0.', value.lower()))       # .5 as well
     except (ValueError, RecursionError): return value
 
 def flag(value):

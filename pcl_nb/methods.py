@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TARGETS', 'METHODS', 'PUBLISHED_SIZE', 'OUTPUTS', 'BRANCHES', 'ADL_STAGES', 'OFFICIAL', 'Method', 'PCL', 'get_method',
            'hide_patches', 'HideAndSeek', 'last_stage', 'fuse', 'TwoBranch', 'ACoL', 'attention_dropout', 'ADL',
-           'AMLoss']
+           'AMLoss', 'differing', 'variant']
 
 # %% ../nbs/05_methods.ipynb #28f07029
-import contextlib, copy, math
+import contextlib, copy, math, re
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import FILLS, MASKS, NORMALIZE, cam_erase, class_activation_map, erasing_mask
-from .core import brief, choose, is_real, is_whole, require
+from .core import brief, choose, is_real, is_whole, literal, require
 from .losses import DISTANCES, category_consistency, instance_consistency, joint, shard
 from .models import ERASED_NORMS, StagedClassifier, erased_norms, frozen
 
@@ -401,3 +401,33 @@ OFFICIAL = {   # the erasing methods, and what their own releases set otherwise 
     'adl':    dict(drop_rate=.75),
     'amloss': {},
 }
+
+# %% ../nbs/05_methods.ipynb #c2a01710
+def differing(
+    name:str,   # a name in `METHODS`
+    **options   # settings of the method
+) -> dict:  # those that differ from the named method's, in the type of its own
+    "Settings as a recipe should hold them: 2 and 2.0 are one."
+    method, found = METHODS[choose(name, METHODS, 'method')], {}
+    get_method(name, **options)
+    for f in fields(method):
+        default = getattr(method, f.name)
+        value = options.get(f.name, default)
+        if value != default: found[f.name] = float(value) if isinstance(default, float) else value
+    return found
+
+def variant(
+    name:str   # 'adl', 'adl:official', 'amloss:weight=2', 'has:drop_rate=0.3/patches=16/32'
+) -> tuple:  # the name in its one spelling; method; its settings that differ from the defaults
+    "A method, with settings of its own where they stand behind its name."
+    method, _, told = name.partition(':')
+    choose(method, METHODS, 'method')
+    if told == 'official':
+        valid = ', '.join(f'{m}:official' for m, o in OFFICIAL.items() if o)
+        require(OFFICIAL.get(method), f'unknown method {brief(name)}: its release sets nothing otherwise; valid: {valid}')
+        return name, method, OFFICIAL[method]
+    items = [i.partition('=') for i in re.split(r'/(?=\w+=)', told) if told]
+    require(all(sign and v for _, sign, v in items), f'{brief(name)} is not a method; give NAME, NAME:official or NAME:SETTING=VALUE/...')
+    options = differing(method, **{k: literal(v) for k, _, v in items})
+    texts = [f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in options.items()]
+    return ':'.join([method, *filter(None, ['/'.join(texts)])]), method, options
