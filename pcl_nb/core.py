@@ -6,12 +6,12 @@
 __all__ = ['PROFILES', 'InputError', 'brief', 'choose', 'require', 'root', 'runs_dir', 'figures_dir', 'resolve', 'derive_seed',
            'generator', 'seeded', 'repeatable', 'default_device', 'usable_device', 'threads', 'cores', 'Profile',
            'one_of', 'is_whole', 'is_real', 'integer', 'number', 'or_profile', 'pairs', 'literal', 'flag', 'text',
-           'out_folder', 'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed', 'jsonable',
-           'to_json', 'digest', 'versions', 'hardware', 'revision', 'trained_with', 'save_result', 'markdown_table',
-           'save_table', 'gather_results', 'with_earlier']
+           'out_folder', 'items_of', 'list_of', 'check_parameters', 'Progress', 'write_atomic', 'sealed', 'unsealed',
+           'jsonable', 'to_json', 'digest', 'versions', 'hardware', 'revision', 'trained_with', 'save_result',
+           'markdown_table', 'save_table', 'gather_results', 'with_earlier']
 
 # %% ../nbs/00_core.ipynb #5429cafb
-import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, subprocess, sys, tempfile
+import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, re, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -66,8 +66,9 @@ def root(
 def _place(variable, name):
     "The folder that an environment variable names, or else one of the project's."
     given = os.environ.get(variable)
-    require(not given or not os.path.isfile(given), f'${variable} {brief(given)} is a file; give a folder')
-    return Path(given or root()/name)
+    path = resolve(given) if given else root()/name
+    require(not path.is_file(), f'${variable} {brief(given)} is a file; give a folder')
+    return path
 
 def runs_dir(
 ) -> Path:
@@ -186,7 +187,17 @@ def one_of(
     what:str,  # for the message
 ):
     "A check: the value is one of `valid`."
-    return lambda value: choose(value, valid, what)
+    def check(value):
+        several = isinstance(value, (list, tuple)) or isinstance(value, str) and (',' in value or value[:1] == '[')
+        require(not several, f"{brief(value)} is a list; give one {what}: {', '.join(map(str, valid))}")
+        return choose(value, valid, what)
+    return check
+
+def _as_text(value):
+    "What to say of a number, or of True or False, in quotes."
+    try: known = isinstance(value, str) and (value.lower() in ('true', 'false') or math.isfinite(float(value)))
+    except ValueError: known = False
+    return ' (it is text: give it without quotes, to papermill by -p, not -r)'*known
 
 def is_whole(value): return isinstance(value, int) and not isinstance(value, bool)
 
@@ -198,8 +209,9 @@ def integer(
 ):
     "A check: a whole number from `low` to `high`."
     def check(value):
+        top = f'to {high}' if high < 2**31 else 'up'
         require(is_whole(value) and low <= value <= high,
-            f'{brief(value)} is not a whole number from {low}' + (f' to {high}' if high < 2**31 else ' up'))
+            f'{brief(value)} is not a whole number from {low} {top}{_as_text(value)}')
         return value
     return check
 
@@ -209,8 +221,9 @@ def number(
 ):
     "A check: a finite number from `low` to `high`."
     def check(value):
+        top = f'to {high}' if high < math.inf else 'up'
         require(is_real(value) and low <= value <= high,
-            f'{brief(value)} is not a number from {low}' + (f' to {high}' if high < math.inf else ' up'))
+            f'{brief(value)} is not a number from {low} {top}{_as_text(value)}')
         return value
     return check
 
@@ -225,8 +238,11 @@ def or_profile(
     return check_given
 
 def pairs(value):
-    "A check: 'name=value' items separated by blanks or commas. Gives a dict; numbers and true/false are read as such."
-    items = text(value).replace(',', ' ').split()
+    "A check: 'name=value' items as in `items_of`, or a dict. Gives a dict; numbers and true/false are read as such."
+    if isinstance(value, dict):
+        for name in value: text(name)
+        return value
+    items = items_of(value if isinstance(value, (list, tuple)) else text(value))
     for item in items: require('=' in item.strip('='), f'{brief(item)} is not name=value')
     return {k: literal(v) for k, v in (item.split('=', 1) for item in items)}
 
@@ -234,12 +250,12 @@ def literal(
     value:str  # '0.5', 'true', 'soft'
 ):
     "A number, True, False, or the text itself."
-    try: return json.loads(value.lower())
+    try: return json.loads(re.sub(r'^(-?)\.(?=\d)', r'\g<1>0.', value.lower()))       # .5 as well
     except (ValueError, RecursionError): return value
 
 def flag(value):
     "A check: True or False."
-    require(isinstance(value, bool), f'{brief(value)} is neither True nor False')
+    require(isinstance(value, bool), f'{brief(value)} is neither True nor False{_as_text(value)}')
     return value
 
 def text(value):
@@ -255,12 +271,23 @@ def out_folder(value):
     require(os.access(there, os.W_OK), f'{brief(value)} cannot be written to; give another folder')
     return value
 
+def items_of(
+    value,            # a list or tuple; 'a,b', 'a b', '["a", "b"]'; a number
+    blanks:bool=True  # do blanks separate, too?
+) -> list:  # strings
+    "The items of a list as papermill passes it on: by -p as text, by -y and from Python as a list."
+    if isinstance(value, (list, tuple)): return [v if isinstance(v, str) else brief(v) for v in value]
+    value = value.strip() if isinstance(value, str) else brief(value)
+    if listed := value[:1] + value[-1:] == '[]': value = value[1:-1]
+    items = value.replace(',', ' ').split() if blanks else map(str.strip, value.split(','))
+    return [i for i in (i.strip('\'"') if listed else i for i in items) if i]
+
 def list_of(
     check,  # check of one item
 ):
-    "A check: items separated by commas or blanks, each of them valid; at least one. Gives the list."
+    "A check: items as in `items_of`, each of them valid; at least one. Gives the list."
     def check_all(value):
-        items = (value if isinstance(value, str) else brief(value)).replace(',', ' ').split()
+        items = items_of(value)
         require(items, 'names nothing; give at least one item')
         return [check(item) for item in items]
     return check_all

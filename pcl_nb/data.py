@@ -10,11 +10,12 @@ __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTR
            'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name', 'check_data',
            'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops', 'crop_boxes',
            'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches', 'pick', 'evidence', 'Packed',
-           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'unreadable', 'leave_out',
-           'main']
+           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'unreadable', 'overlooked',
+           'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
-import argparse, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shlex, shutil, sys, tempfile, time, unicodedata
+import argparse, collections, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shlex, shutil, sys, tempfile
+import time, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -560,13 +561,14 @@ class _ImageNet(ImageNet):
     "torchvision's ImageNet without what tools leave behind."
     def __init__(self, path, split):
         base = len(os.path.join(path, split)) + 1
-        super().__init__(path, split, is_valid_file=lambda f: _is_image(f) and not any(map(left_behind, f[base:].split(os.sep))))
+        def valid(f): return _is_image(f) and not any(map(left_behind, f[base:].split(os.sep)))
+        super().__init__(path, split, is_valid_file=valid)
 
     def find_classes(self, directory):
         known = torch.load(Path(directory).parent/'meta.bin', weights_only=True)[0]
         names = sorted(d.name for d in os.scandir(directory) if d.is_dir() and not left_behind(d.name))
-        require(names, f'{directory!r} holds no class folder; remove it and place ILSVRC2012_img_{self.split}.tar beside it: '
-            'torchvision sorts the images into class folders')
+        require(names, f'{directory!r} holds no class folder; remove it and place ILSVRC2012_img_{self.split}.tar '
+            'beside it: torchvision sorts the images into class folders')
         for n in names: require(n in known, f'{n!r} in {directory!r} is not a class of ImageNet; move it elsewhere')
         return names, {n: i for i, n in enumerate(names)}
 
@@ -728,7 +730,7 @@ def _fingerprint(kind, where, px, n, seed):
         elif kind == 'packed': h.update(repr((split, read_index(where)['source'], read_index(where)['edge'])).encode())
         elif kind == 'folder' and _fits((listed := folder_files(where, split, count))[0]):
             base, (files, _, classes) = _split_folder(where, split), listed
-            if any('/' in c for c in classes): h.update(repr(classes).encode())     # the same files could be fewer classes
+            if any('/' in c for c in classes): h.update(repr(classes).encode())  # the same files can be fewer classes
             for f in files: h.update(os.fsencode(f.relative_to(base).as_posix())); h.update(f.read_bytes())
         else:
             files, labels, classes = _listed(kind, where, split, count)
@@ -1256,6 +1258,20 @@ def unreadable(
             disable=None if progress else True))
     return {f: w for f, w in zip(files, said) if w}, len(files)
 
+def overlooked(
+    path  # folder that holds train/ and val/
+) -> list:  # sentences
+    "Files of a folder that are no image of a class: by their endings, or since they lie in no class folder."
+    said = []
+    for split, base in ((s, _split_folder(path, s)) for s in SPLITS):
+        found = [(here, n) for here, _, names in walk(base) for n in names]
+        others = collections.Counter(os.path.splitext(n)[1].lower() or n for _, n in found if not _is_image(n))
+        lone = sum(Path(here) == base and _is_image(n) for here, n in found)
+        most = ', '.join(f'{k} {n}' for k, n in others.most_common(5))
+        if others: said.append(f'{split}: not read, by ending: {most}')
+        if lone: said.append(f'{split}: not read, since in no class folder: images {lone}')
+    return said
+
 def leave_out(
     path,   # folder that holds train/ and val/
     files   # of it
@@ -1305,6 +1321,7 @@ def main(
                 files, labels, classes = (_listed(kind, where, split, 0) if kind != 'packed'
                     else (lambda s: (s.images, s.labels, s.classes))(_load_packed(where, split, 0)))
                 print(f'{split}: {len(files)} images, {len(classes)} classes')
+            for line in overlooked(where) if kind == 'folder' else (): print(line)
             for a, b in alike(classes): print(f'{a!r} and {b!r} are two classes: their names differ in case alone')
     except InputError as e: parser.error(str(e))
     except KeyboardInterrupt: print('interrupted; the same command goes on', file=sys.stderr); return 130

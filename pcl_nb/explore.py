@@ -24,8 +24,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .cam import class_activation_map, erase, normalize_map
-from .core import InputError, brief, require, resolve, text, usable_device
-from .data import ImageSet, batches, decode
+from .core import InputError, brief, items_of, require, resolve, text, usable_device
+from .data import ImageSet, batches, decode, images_below
 from .erf import impact_histogram, impact_map
 from .focus_area import coverage_ratio, RULES, region
 from .models import StagedClassifier, folded, placed
@@ -44,14 +44,14 @@ class Network:
     size:int = 224            # input height and width, pixels
 
 def image_files(
-    names:str  # image files and folders of images, separated by commas
+    names  # image files and folders of images, separated by commas, or a list of them
 ) -> list:
     "The files that are meant; `InputError` where there is none."
     found = []
-    for name in filter(None, (n.strip() for n in text(names).split(','))):
+    for name in map(text, items_of(names if isinstance(names, (list, tuple)) else text(names), blanks=False)):
         path = resolve(name)
         require(path.exists(), f'{brief(name)} does not exist; give image files, or folders of images, separated by commas')
-        files = sorted(f for f in path.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
+        files = images_below(path) if path.is_dir() else [path]
         require(files, f"folder {name!r} holds no image; endings read: {' '.join(IMG_EXTENSIONS)}")
         found += files
     return found

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cam import check_maps, class_activation_map, erasing_mask, normalize_map
+from .cam import NORMALIZE, check_maps, class_activation_map, erasing_mask, normalize_map
 from .core import InputError, Progress, brief, choose, generator, is_real, is_whole, require, usable_device
 from .data import batches, evidence, fingerprint
 from .models import StagedClassifier, fitting, folded, image_batch, loaded, parts, placed, staged
@@ -78,15 +78,16 @@ class FocusArea(NamedTuple):
     coverage:Tensor     # (B,) in [0,1]: the coverage ratio CR; NaN where the map is flat: undefined
     prediction:Tensor   # (B,) int64
 
-def _check_rule(rule, tau):
-    choose(rule, RULES, 'rule')
+def _check_rule(rule, tau, normalize='before'):
+    choose(rule, RULES, 'rule'); choose(normalize, NORMALIZE, 'normalize')
     require(is_real(tau) and 0 <= tau <= 1, f'tau {brief(tau)} is not valid; give a number from 0 to 1')
 
-def _focus(model, images, rule, tau, stage, target, steps):
+def _focus(model, images, rule, tau, stage, target, steps, normalize):
     "`focus_area` of images of one size, for a model that is folded and checked."
     portions = parts(images)
     targets = [None]*len(portions) if target is None else target.split([len(p) for p in portions])
-    return FocusArea(*map(torch.cat, zip(*(_focus_part(model, p, rule, tau, stage, t, steps) for p, t in zip(portions, targets)))))
+    return FocusArea(*map(torch.cat, zip(*(_focus_part(model, p, rule, tau, stage, t, steps, normalize)
+        for p, t in zip(portions, targets)))))
 
 def region(
     model,               # images -> logits, in evaluation mode
@@ -95,14 +96,15 @@ def region(
     prediction:Tensor,   # (B,) of the whole image
     rule:str='threshold',
     tau:float=.5,
-    steps:int=8
+    steps:int=8,
+    normalize:str='before'    # enlarging or 'after'; of 'threshold', the other rules do not depend on it
 ) -> Tensor:  # (B,H,W) bool
     "The region of maps that are computed already, by one of the rules."
     require(isinstance(images, Tensor) and images.dim() == 4, f'images {brief(images)} are not a batch (B,C,H,W)')
-    _check_rule(rule, tau); check_maps(maps, tuple(images.shape[-2:]))
+    _check_rule(rule, tau, normalize); check_maps(maps, tuple(images.shape[-2:]))
     require(len(images) == len(maps) == len(prediction),
         f'{len(images)} images, {len(maps)} maps and {len(prediction)} predictions do not fit; give as many of each')
-    if rule == 'threshold': return erasing_mask(maps, images.shape[-2:], tau=tau)[:, 0].bool()
+    if rule == 'threshold': return erasing_mask(maps, images.shape[-2:], tau=tau, normalize=normalize)[:, 0].bool()
     return energy_mask(maps, images.shape[-2:], tau) if rule == 'energy' else sufficient_mask(model, images, maps, prediction, steps)
 
 def coverage_ratio(
@@ -114,17 +116,18 @@ def coverage_ratio(
 
 def _warn_undefined(coverage):
     n = int(coverage.isnan().sum())
-    if n: warnings.warn(f'the coverage ratio of {n} of {len(coverage)} images is undefined (NaN), not zero: the class activation map is flat, '
-        'or a single position; give larger images (size=...), an earlier stage, or a network made with small_input=True', stacklevel=3)
+    if n: warnings.warn(f'the coverage ratio of {n} of {len(coverage)} images is undefined (NaN), not zero: the class '
+        'activation map is flat, or a single position; give larger images (size=...), an earlier stage, '
+        'or a network made with small_input=True', stacklevel=3)
 
 @torch.no_grad()
-def _focus_part(model, images, rule, tau, stage, target, steps):
+def _focus_part(model, images, rule, tau, stage, target, steps, normalize):
     with fitting(model, images): logits, features = model(images, stages=(stage,))
     prediction = logits.argmax(1)
     target = prediction if target is None else target
     maps = class_activation_map(features[stage], model.stage_head(stage).weight, target)
     require(bool(torch.isfinite(maps).all()), 'a class activation map is not finite; look at the images and the weights')
-    mask = region(model, images, maps, prediction, rule, tau, steps)
+    mask = region(model, images, maps, prediction, rule, tau, steps, normalize)
     return FocusArea(mask, coverage_ratio(mask, maps), prediction)
 
 def _check_target(target, n, classes, device):
@@ -141,7 +144,7 @@ def _check_target(target, n, classes, device):
 
 def focus_area(
     model:StagedClassifier,
-    images,                    # normalised (B,3,H,W), a list of (3,H,W), a loader, or images in any other form that `models.loaded` takes
+    images,                    # normalised (B,3,H,W), a list of (3,H,W), a loader, or another form that `models.loaded` takes
     *,
     rule:str='threshold',      # 'threshold', 'energy' or 'sufficient'
     tau:float=.5,              # threshold, or share of the mass, in [0,1]
@@ -150,22 +153,26 @@ def focus_area(
     steps:int=8,               # of the bisection ('sufficient')
     size=None,                 # pixels, or (H,W): images are resized to it
     stats=None,                # mean, std to normalise pixels with; None: the model's own
-    batch_size:int=64          # of what is no loader
+    batch_size:int=64,         # of what is no loader
+    normalize:str='before'     # the map is normalised 'before' or 'after' enlarging ('threshold')
 ) -> FocusArea:
     "Focus area and coverage ratio of each image (appendix A)."
-    _check_rule(rule, tau)
+    _check_rule(rule, tau, normalize)
     model = staged(model)
     model.stage_head(stage)
-    target = _check_target(target, len(images) if isinstance(images, Tensor) and images.dim() else None, model.num_classes, model.head.weight.device)
+    n = len(images) if isinstance(images, Tensor) and images.dim() else None
+    target = _check_target(target, n, model.num_classes, model.head.weight.device)
     found, done = [], 0
     with folded(model):
         for x, _ in loaded(images, model, size=size, stats=stats, batch_size=batch_size):
             t = None if target is None else target[done:done + len(x)]
             done += len(x)
-            require(t is None or len(t) == len(x), f'target has {0 if t is None else len(target)} classes, there are more images; give one for each')
-            found.append(_focus(model, placed(model, x), rule, tau, stage, t, steps))
+            require(t is None or len(t) == len(x),
+                f'target {brief(target)} has too few classes; give one for each image')
+            found.append(_focus(model, placed(model, x), rule, tau, stage, t, steps, normalize))
     require(done, 'no images: give 1 or more')
-    require(target is None or len(target) == done, f'target has {0 if target is None else len(target)} classes, there are {done} images; give one for each')
+    require(target is None or len(target) == done,
+        f'target {brief(target)} has too many classes; give one for each of {done} images')
     mask, coverage, prediction = zip(*found)
     coverage = torch.cat(coverage); _warn_undefined(coverage)
     same = len({m.shape[1:] for m in mask}) == 1
@@ -175,7 +182,7 @@ def focus_area(
 # %% ../nbs/08_focus_area.ipynb #e02c33d2
 def coverage_table(
     model:StagedClassifier,
-    loader,                    # yields images (B,3,H,W), normalised, and labels (B,); or a `Dataset` as `models.loaded` takes it
+    loader,                    # yields images (B,3,H,W), normalised, and labels (B,); or a `Dataset`
     *,
     rule:str='threshold',
     tau:float=.5,
@@ -184,25 +191,28 @@ def coverage_table(
     area:Tensor=None,          # (N,H,W) bool from `data.evidence`, in the loader's order
     progress=False,            # show a bar
     size=None,                 # pixels, or (H,W): images are resized to it
-    stats=None                 # mean, std to normalise pixels with; None: the model's own
+    stats=None,                # mean, std to normalise pixels with; None: the model's own
+    normalize:str='before'     # the map is normalised 'before' or 'after' enlarging ('threshold')
 ) -> pd.DataFrame:  # a row an image: label, prediction, coverage; with `area` also evidence, recall, precision
     "Coverage ratio of every image of a loader, and how it lies to the evidence; NaN where there is none to compare with."
-    _check_rule(rule, tau); choose(target, ('prediction', 'truth'), 'target')
+    _check_rule(rule, tau, normalize); choose(target, ('prediction', 'truth'), 'target')
     model = staged(model)
     model.stage_head(stage)
     p, done, rows = next(model.parameters()), 0, []
     with folded(model), Progress(desc=f'focus area {rule}', unit=' images', disable=not progress, leave=False) as bar:
         for x, y in loaded(loader, model, size=size, stats=stats):
-            require(isinstance(y, Tensor) and y.shape == (len(x),), 'the loader yields no labels; give what yields images (B,3,H,W) and labels (B,)')
+            require(isinstance(y, Tensor) and y.shape == (len(x),),
+                'the loader yields no labels; give what yields images (B,3,H,W) and labels (B,)')
             truth = _check_target(y, len(x), model.num_classes, p.device) if target == 'truth' else None
-            f = _focus(model, placed(model, x), rule, tau, stage, truth, 8)
+            f = _focus(model, placed(model, x), rule, tau, stage, truth, 8, normalize)
             row = dict(label=y, prediction=f.prediction, coverage=f.coverage)
             if area is not None:
                 require(area[done:done + len(x)].shape == f.mask.shape,
                     f'area {tuple(area.shape)} does not fit the images {tuple(x.shape)} from number {done} on; give (N,H,W), in the order of the loader')
                 e = area[done:done + len(x)].to(p.device)
                 both, whole = (f.mask & e).flatten(1).sum(1), e.flatten(1).sum(1)
-                row.update(evidence=whole/e[0].numel(), recall=(both/whole).masked_fill(f.coverage.isnan(), torch.nan), precision=both/f.mask.flatten(1).sum(1))
+                row.update(evidence=whole/e[0].numel(), recall=(both/whole).masked_fill(f.coverage.isnan(), torch.nan),
+                    precision=both/f.mask.flatten(1).sum(1))
             rows.append({k: v.cpu() for k, v in row.items()})
             done += len(x); bar.update(len(x))
     require(done, 'no images: give 1 or more')
@@ -256,10 +266,11 @@ def summary(
     coverage:Tensor,      # (N,) in [0,1]; NaN: undefined, left out
     replicates:int=200,
     seed:int=0
-) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles: NaN if none is defined; n images, `undefined` others
+) -> dict:  # mean, low and high end of its 95 % interval, std, quantiles; n, and `undefined`: images left out
     "A distribution in numbers."
     coverage, undefined = _defined(coverage)
-    if not len(coverage): return dict.fromkeys(('mean', 'low', 'high', 'std', *(f'q{100*p:.0f}' for p in QUANTILES)), float('nan')) | dict(n=0, undefined=undefined)
+    names = ('mean', 'low', 'high', 'std', *(f'q{100*p:.0f}' for p in QUANTILES))
+    if not len(coverage): return dict.fromkeys(names, float('nan')) | dict(n=0, undefined=undefined)
     ends = torch.quantile(bootstrap_means(coverage, replicates, seed), torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     q = torch.quantile(coverage, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return dict(mean=coverage.mean().item(), low=ends[0], high=ends[1], std=coverage.std(correction=0).item(),
@@ -272,20 +283,20 @@ def stored_coverage(
     images:int=0,               # how many, drawn at random; 0: all
     *,
     val:int=0,                  # validation images to draw from (concept data)
-    rule:str='threshold', tau:float=.5, stage:str='stage4', target:str='prediction',
+    rule:str='threshold', tau:float=.5, stage:str='stage4', target:str='prediction', normalize:str='before',
     seed:int=0,                 # which images
     device=None,
     progress=False
 ) -> pd.DataFrame:  # as `coverage_table`
     "The coverage ratios of a run, from its folder; the run is trained and the images are measured if they have to be."
-    _check_rule(rule, tau)
+    _check_rule(rule, tau, normalize)
     settings = dict(images=images, data=fingerprint(data, recipe.size, 0, val, recipe.data_seed), rule=rule, tau=tau, stage=stage,
-        target=target, seed=seed)
+        target=target, normalize=normalize, seed=seed)
     def measure(fitted):
         found = val_images(data, recipe, images, val, seed)
         area = evidence(found, recipe.scheme, recipe.size) if found.where is not None else None
         require(target == 'prediction' or tuple(found.classes) == tuple(fitted.classes),
             f'target truth needs images of the classes that the network knows; {data} has others')
         return coverage_table(fitted.model.to(usable_device(device)), batches(found, recipe.scheme, recipe.size, fitted.stats, 64),
-            rule=rule, tau=tau, stage=stage, target=target, area=area, progress=progress)
+            rule=rule, tau=tau, stage=stage, target=target, area=area, progress=progress, normalize=normalize)
     return pd.DataFrame(stored(recipe, 'coverage', settings, ('data', 'models', 'cam', 'runs', 'focus_area'), measure, device, progress))

@@ -24,7 +24,7 @@ from torchvision.models import densenet, get_model_weights, resnet, shufflenetv2
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from .core import InputError, Progress, brief, choose, is_real, is_whole, require, resolve
-from .data import IMG_EXTENSIONS, _pixels, _readable, decode
+from .data import IMG_EXTENSIONS, _pixels, _readable, decode, images_below
 
 # %% ../nbs/02_models.ipynb #7078faa7
 class _Reached(Exception):
@@ -44,9 +44,10 @@ def unwrapped(
     net   # a network, or what torch.compile or a parallel wrapper made of it
 ):
     "The network inside `torch.compile`'s and the parallel wrappers; `InputError` for a scripted one."
-    while (inner := getattr(net, '_orig_mod', net.module if isinstance(net, _PARALLEL) else None)) is not None: net = inner
+    def inner(net): return getattr(net, '_orig_mod', net.module if isinstance(net, _PARALLEL) else None)
+    while inner(net) is not None: net = inner(net)
     require(not isinstance(net, torch.jit.ScriptModule),
-        f'{type(net).__name__} is a TorchScript module, whose stages cannot be observed; give the nn.Module that it was made of')
+        f'{type(net).__name__} is a TorchScript module, whose stages cannot be observed; give the nn.Module it was made of')
     require(isinstance(net, nn.Module), f'{brief(net)} is not a network; give an nn.Module')
     return net
 
@@ -68,7 +69,8 @@ def submodule(
 def _height_and_width(size):
     "A size in pixels as (height, width)."
     pair = (size, size) if is_whole(size) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair), f'size {brief(size)} is not valid; give pixels, or (height, width)')
+    require(len(pair) == 2 and all(is_whole(s) and 1 <= s <= 2**15 for s in pair),
+        f'size {brief(size)} is not valid; give pixels, or (height, width)')
     return pair
 
 ONCE = 'name a module that is called once'
@@ -80,7 +82,8 @@ def _averages(features, given):
     want = features.to(torch.promote_types(features.dtype, torch.float32)).mean((2, 3))
     coarse = 16 in (torch.finfo(features.dtype).bits, torch.finfo(given.dtype).bits)
     return given.shape == want.shape and (not bool(torch.isfinite(want).all())
-        or torch.allclose(given.to(want), want, rtol=3e-2 if coarse else 1e-3, atol=float(want.abs().amax())*1e-2 if coarse else 1e-5))
+        or torch.allclose(given.to(want), want, rtol=3e-2 if coarse else 1e-3,
+            atol=float(want.abs().amax())*1e-2 if coarse else 1e-5))
 
 def _once(net, x):
     "Names of the modules that give feature maps and are called once, in the order of their calls."
@@ -90,7 +93,8 @@ def _once(net, x):
             calls[name] += 1
             if isinstance(output, Tensor) and output.dim() == 4: maps[name] = True
         return hook
-    with frozen(net), torch.no_grad(), _hooked(*((m.register_forward_hook, seen(n)) for n, m in net.named_modules() if n)): net(x)
+    hooks = [(m.register_forward_hook, seen(n)) for n, m in net.named_modules() if n]
+    with frozen(net), torch.no_grad(), _hooked(*hooks): net(x)
     return [n for n in maps if calls[n] == 1]
 
 # %% ../nbs/02_models.ipynb #6c02a7e1
@@ -117,7 +121,7 @@ def _deepest_convolution(net, stage, x):
     return tuple(max(found)[2]) if found else None
 
 # %% ../nbs/02_models.ipynb #d8d779e1
-PROBED = 64, 224, 299          # pixels: sizes of the image that is passed through a network to find its stages, in this order
+PROBED = 64, 224, 299          # pixels: sizes of the image that finds out about a network, in this order
 RELU = 'after', 'before', 'conv'     # the final convolution of a stage (U10): its output after its last ReLU, before it, or its last convolution's
 
 class StagedClassifier(nn.Module):
@@ -128,7 +132,7 @@ class StagedClassifier(nn.Module):
         head:str,           # dotted name of the `nn.Linear` behind the global average pooling
         side:bool=False,    # add a linear classifier on the pooled features of 'stage3'
         name:str='custom',  # for messages and tables
-        size=None,          # pixels, or (H,W): images that the network takes; None: the first of `PROBED` that it runs on
+        size=None,          # pixels, or (H,W), that the network takes; None: the first of `PROBED` that it runs on
         stats=None          # mean, std that its images are normalised with, in [0,1]; None: unknown
     ):
         super().__init__()
@@ -142,7 +146,7 @@ class StagedClassifier(nn.Module):
         self.channels, self._last_relu, self._rectified = self._probed(size)
         self._convolutions = {}                                # stage -> what `last_convolution` found
         self.stats = stats if stats is None else checked_stats(stats, self.input_shape[0])
-        self.side_head = None
+        self.side_head, self.rebuild = None, None      # rebuild() gives the same network, initialised anew; None: it is not known how
         if side:
             choose('stage3', self.stages, 'stage for the side head')
             self.side_head = nn.Linear(self.channels['stage3'], self.head.out_features)
@@ -159,15 +163,18 @@ class StagedClassifier(nn.Module):
         found = {}
         def keep(stage):
             def hook(module, args, output):
-                require(stage not in found, f'{stage} ({self.stages[stage]}) is called more than once in a forward pass; {ONCE}')
+                require(stage not in found,
+                    f'{stage} ({self.stages[stage]}) is called more than once in a forward pass; {ONCE}')
                 output = self.stage_end(stage, output)
                 found[stage] = output, _version(output)
             return hook
         def read(module, args):
             last = list(self.stages)[-1]
             if last in found and args and len(x): require(self.training or _averages(found[last][0][:1], args[0][:1]),
-                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; it does at {self._size()}')
-        with _hooked(*((self._stage(s).register_forward_hook, keep(s)) for s in stages), (self.head.register_forward_pre_hook, read)):
+                f'head {self._head!r} does not read the global average of {last} at {x.shape[-2]}x{x.shape[-1]} px; '
+                f'it does at {self._size()}')
+        with _hooked(*((self._stage(s).register_forward_hook, keep(s)) for s in stages),
+                (self.head.register_forward_pre_hook, read)):
             logits = self.net(x)
         for stage, (f, version) in found.items():
             require(_version(f) == version,
@@ -232,7 +239,7 @@ class StagedClassifier(nn.Module):
         return self.side_head
 
     def stage_end(self, stage, features):
-        "Output of the stage's module, after the ReLU that the network applies to it without a module (torchvision's DenseNet)."
+        "Output of the stage's module, after a ReLU that is no module (torchvision's DenseNet)."
         return features.relu() if stage == self._rectified else features
 
     def probe_image(self) -> Tensor:  # (1,C,H,W), the same each time
@@ -248,17 +255,19 @@ class StagedClassifier(nn.Module):
     def _stage(self, stage): return self.net.get_submodule(self.stages[choose(stage, self.stages, 'stage')])
 
     def _probed(self, size):
-        "What `_probe` finds with images of `size`, or of the first of `PROBED` that the network runs on; `InputError` if there is none."
+        "What `_probe` finds at `size`, or at the first of `PROBED` that works; `InputError` if none does."
         sizes = [_height_and_width(s) for s in (PROBED if size is None else (size,))]
-        first, refused, failed = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3), None, None
+        first = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3)
+        refused = failed = None
         for s in sizes:
             for channels in dict.fromkeys((first, 3)):
                 self.input_shape = channels, *s
                 try: return self._probe(self.probe_image())
                 except InputError as e: refused = refused or e
-                except Exception as e: failed = e                       # whatever a network raises for a size that it does not take
+                except Exception as e: failed = e           # whatever a network raises for a size that it does not take
         if refused: raise refused
-        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px ({_line(failed)}); give size=..., the height and width that it takes") from None
+        raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px "
+            f"({_line(failed)}); give size=..., the height and width that it takes") from None
 
     def _probe(self, x):
         "Channels of each stage; the last ReLU before its end; the last stage if the head reads its pooled ReLU, else None."
@@ -270,23 +279,25 @@ class StagedClassifier(nn.Module):
                 require(isinstance(output, Tensor) and output.dim() == 4,
                     f'{stage} ({self.stages[stage]}) does not give feature maps (B,K,h,w)')
                 times[f'{stage} ({self.stages[stage]})'] += 1
-                channels[stage], pooled[stage] = output.shape[1], (output[:, :, :1, :1].clone() if 0 in output.shape else output.clone())
+                channels[stage], pooled[stage] = output.shape[1], output.clone()        # the next layer may overwrite it
                 last[stage] = (calls[-1], calls.count(calls[-1])) if calls else None
             return hook
         def read(module, args):
             times[f'head ({self._head})'] += 1
-            if args and stage in pooled: pooled['head'] = [_averages(f, args[0]) for f in (pooled[stage], pooled[stage].relu())]
+            if args and stage in pooled:
+                pooled['head'] = [_averages(f, args[0]) for f in (pooled[stage], pooled[stage].relu())]
         with frozen(self.net), torch.no_grad(), _hooked(*((m.register_forward_hook, count(n)) for m, n in relus),
                 *((self._stage(s).register_forward_hook, reach(s)) for s in self.stages),
                 (self.head.register_forward_pre_hook, read)): logits = self.net(x)
         lost = [s for s in self.stages if s not in channels]
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         for name, n in times.items():
-            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: {', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part of the network that sees one image'}")
+            require(n == 1, f"{name} is called {n} times in a forward pass; {ONCE}: "
+                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part that sees one image'))
         require(any(pooled.get('head', ())),
                 f'head {self._head!r} does not read the global average of {stage} ({self.stages[stage]}); name the module whose output is pooled')
-        require(isinstance(logits, Tensor) and logits.shape == (1, self.num_classes),
-            f"the network gives {f'{tuple(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}, not the {self.num_classes} logits of its head")
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        require(given == (1, self.num_classes), f'the network gives {given}, not the {self.num_classes} logits of its head')
         return channels, last, None if pooled['head'][0] else stage
 
     @contextlib.contextmanager
@@ -309,7 +320,7 @@ def placed(
     model:nn.Module,
     images:Tensor     # (B,C,H,W)
 ) -> Tensor:
-    "The images as an analysis computes with them: on the model's device, in its precision but at least in float32, no inference tensor."
+    "The images as an analysis computes with them: on its device, in its precision but at least float32."
     p = next(model.parameters())
     images = images.to(p.device, torch.promote_types(p.dtype, torch.float32), memory_format=memory_format(model))
     return images.clone() if images.is_inference() else images
@@ -318,8 +329,9 @@ def _plain(t): return not t.is_inference() and (not t.is_floating_point() or t.d
 
 @contextlib.contextmanager
 def _computable(model):
-    "Context manager: no autocast, no inference mode; weights of less than float32, and inference tensors, are replaced by float32 copies."
-    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items() if t is not None and not _plain(t)]
+    "Context manager: no autocast, no inference mode; float32 copies of coarser weights and of inference tensors."
+    held = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k, t in d.items()
+        if t is not None and not _plain(t)]
     device, made = next((t.device.type for t in model.parameters()), 'cpu'), {}
     with contextlib.ExitStack() as modes:
         if torch.is_inference_mode_enabled():
@@ -327,7 +339,8 @@ def _computable(model):
         modes.enter_context(torch.autocast(device, enabled=False))
         for d, k, t in held:
             if id(t) not in made:
-                new = t.detach().to(torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else t.dtype, copy=True)
+                dtype = torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else t.dtype
+                new = t.detach().to(dtype, copy=True)
                 made[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
             d[k] = made[id(t)]
         try: yield
@@ -521,13 +534,15 @@ def _open(path):
                 type(np.dtype('f8')), type(np.dtype('f4'))]):
             warnings.filterwarnings('ignore', 'pickle_load_args')      # torch says that an encoding has no effect here; it has
             found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')       # Python 2's numbers are bytes that no other encoding has
-        found = next((found[k] for k in ('state_dict', 'model_state_dict', 'model', 'net') if isinstance(found.get(k), dict)), found)
-        return {re.sub(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.', r'\1\2.', k): v for k, v in found.items()}      # names of 2017
+        inside = 'state_dict', 'model_state_dict', 'model', 'net'
+        found = next((found[k] for k in inside if isinstance(found.get(k), dict)), found)
+        of_2017 = r'(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.'
+        return {re.sub(of_2017, r'\1\2.', k): v for k, v in found.items()}
     except Exception as e:
         raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({(str(e).strip() or type(e).__name__).splitlines()[0][:120]})') from None
 
 def _prefix(state, own):
-    "The prefix that most names of a state dict have before a name of the network ('module.', 'model.'), and how many have it."
+    "The prefix that most names of a state dict have before those of the network ('module.'), and how many have it."
     fits = Counter(k[:i] for k in state for i in (0, *(m.end() for m in re.finditer(r'\.', k))) if k[i:] in own)
     return max(fits.items(), key=lambda f: (f[1], -len(f[0])), default=('', 0))
 
@@ -555,7 +570,7 @@ def create_model(
     arch:str,                  # a name in `ARCHS`
     num_classes:int,           # outputs
     *,
-    weights=None,              # 'imagenet', 'places365', or a file of a state dict, this model's or torchvision's of the same arguments; None: initialised at random
+    weights=None,              # 'imagenet', 'places365', or a file of a state dict, of the same arguments or torchvision's; None: at random
     width:float=1.0,           # channels relative to the published architecture
     small_input:bool=False,    # stem for images below about 128 px
     side:bool=False,           # side head at stage 3
@@ -575,6 +590,7 @@ def create_model(
         f'weights {weights!r} fit the published network; give width 1 and small_input False')
     net = initialise(build(PUBLIC[weights].classes if public else num_classes, width, small_input), init)
     model = StagedClassifier(net, stages, head, side, arch, stats=PUBLIC[weights].stats if public else None)
+    model.rebuild = partial(create_model, arch, num_classes, width=width, small_input=small_input, init=init)
     if public:
         _fill(model.net, public_state(weights, arch), f'{weights} weights of {arch}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
@@ -582,7 +598,7 @@ def create_model(
         require(resolve(weights).is_file(),
             f"weights {brief(str(weights))} is not a file; give {', '.join(PUBLIC)}, a state dict saved with torch.save, or None")
         state = _open(resolve(weights))
-        foreign = _prefix(state, model.net.state_dict())[1] > _prefix(state, model.state_dict())[1]      # torchvision's names: no side head in it
+        foreign = _prefix(state, model.net.state_dict())[1] > _prefix(state, model.state_dict())[1]      # no side head in it
         _fill(model.net if foreign else model, state, f'weights {str(weights)!r}')
     return model
 
@@ -721,8 +737,8 @@ def staged(model):
 def image_batch(images, channels=3):
     "The images; `InputError` if they are not a batch."
     given = f'{tuple(images.shape)} {images.dtype}' if isinstance(images, Tensor) else brief(images)
-    require(isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == channels and images.shape[2]*images.shape[3]
-        and images.is_floating_point(),
+    require(isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == channels
+        and images.shape[2]*images.shape[3] and images.is_floating_point(),
         f'images {given} are not a batch (B,{channels},H,W) of normalised, floating-point images')
     return images
 
@@ -745,7 +761,8 @@ def fitting(
     try: yield
     except (RuntimeError, AssertionError, ValueError) as e:
         if isinstance(e, (InputError, torch.OutOfMemoryError)) or tuple(images.shape[1:]) == model.input_shape: raise
-        raise InputError(f'the network does not run on images of {images.shape[-2]}x{images.shape[-1]} px ({_line(e)}); '
+        h, w = images.shape[-2:]
+        raise InputError(f'the network does not run on images of {h}x{w} px ({_line(e)}); '
             f'it does at {model._size()}: give images of a size that it takes') from e
 
 # %% ../nbs/02_models.ipynb #b91d0c12
@@ -757,7 +774,8 @@ def checked_stats(
     try: mean, std = (tuple(map(float, s)) for s in stats)
     except (TypeError, ValueError): mean = std = ()
     require(len(mean) == len(std) == channels and np.isfinite(mean + std).all() and min(std) > 0,
-        f'stats {brief(stats)} are not valid; give mean and standard deviation, the latter above 0, of {channels} channel{"s"*(channels > 1)}')
+        f'stats {brief(stats)} are not valid; give mean and standard deviation, the latter above 0, '
+        f'of {channels} channel{"s"*(channels > 1)}')
     return mean, std
 
 def _as_pixels(image):
@@ -765,16 +783,18 @@ def _as_pixels(image):
     if isinstance(image, Image.Image):
         with _readable('a PIL image'): return _pixels(image.copy())[None]
     if isinstance(image, (str, os.PathLike)):
-        require(str(image).strip() and resolve(image).is_file(), f'{brief(str(image))} is not a file; give an image, or a folder of images')
+        require(str(image).strip() and resolve(image).is_file(),
+            f'{brief(str(image))} is not a file; give an image, or a folder of images')
         return decode(resolve(image))[None]
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3, 4):
         image = torch.from_numpy(np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)).movedim(-1, -3)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4): return image[None] if image.dim() == 3 else image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (3, 4):
+        return image[None] if image.dim() == 3 else image
 
 def _normalised(pixels, channels, stats):
     "Bytes (b,c,H,W), gray or in colour, as a normalised batch (b,channels,H,W)."
-    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images that the network was trained on, '
-        'for example ((.485, .456, .406), (.229, .224, .225))')
+    require(stats is not None, 'images of bytes have to be normalised; give stats=(mean, std) of the images '
+        'that the network was trained on, for example ((.485, .456, .406), (.229, .224, .225))')
     if channels == 3 and pixels.shape[1] == 1: pixels = pixels.expand(-1, 3, -1, -1)
     if channels == 1 and pixels.shape[1] == 3: pixels = rgb_to_grayscale(pixels)
     x = image_batch(pixels.float()/255, channels)
@@ -786,11 +806,12 @@ def _items(images, batch_size):
     "What is given, one image or one batch at a time, each with its label or None."
     several = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     if isinstance(images, (str, os.PathLike)) and str(images).strip() and (folder := resolve(images)).is_dir():
-        images = sorted(f for f in folder.rglob('*') if f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.'))
+        images = images_below(folder)
         require(images, f"folder {brief(str(folder))} holds no image; endings read: {' '.join(IMG_EXTENSIONS)}")
     if several: items = (images[i:i + batch_size] for i in range(0, len(images), batch_size))
     elif isinstance(images, (Tensor, np.ndarray, str, os.PathLike, Image.Image)): items = (images,)
-    elif isinstance(images, torch.utils.data.Dataset) and hasattr(images, '__len__'): items = (images[i] for i in range(len(images)))
+    elif isinstance(images, torch.utils.data.Dataset) and hasattr(images, '__len__'):
+        items = (images[i] for i in range(len(images)))
     else:
         require(hasattr(images, '__iter__') and not isinstance(images, dict),
             f'{type(images).__name__} is not a loader; give images, or what yields images, or images and labels')
@@ -806,8 +827,9 @@ def _warn_unless_normalised(x, stats):
     low, high = x.amin().item(), x.amax().item()
     end = next((e for e in (1, 255) if 0 <= low < high <= e), 0)
     if end and stats and max(map(abs, stats[0])) == 0: return          # the network's images are not centred
-    if end: warnings.warn(f'all images of the first batch lie in [0,{end}]: they were not normalised; subtract the mean and divide by the '
-        'standard deviation of the images that the network was trained on, or give images of bytes and stats=(mean, std)', stacklevel=5)
+    if end: warnings.warn(f'all images of the first batch lie in [0,{end}]: they were not normalised; subtract the '
+        'mean and divide by the standard deviation of the images that the network was trained on, '
+        'or give images of bytes and stats=(mean, std)', stacklevel=5)
 
 # %% ../nbs/02_models.ipynb #b91d0c14
 def _batched(images, channels, stats, batch_size):
@@ -816,7 +838,8 @@ def _batched(images, channels, stats, batch_size):
     for item, y in _items(images, batch_size):
         pixels = _as_pixels(item)
         alone = pixels is None and isinstance(item, Tensor) and item.dim() == 3 and item is not images
-        x = _normalised(pixels, channels, stats) if pixels is not None else image_batch(item[None] if alone else item, channels)
+        if pixels is not None: x = _normalised(pixels, channels, stats)
+        else: x = image_batch(item[None] if alone else item, channels)
         single = alone or pixels is not None and len(x) == 1 and getattr(item, 'ndim', 0) != 4
         if pixels is None and not seen and len(x): seen = True; _warn_unless_normalised(x, stats)
         if waiting and (not single or len(waiting) == batch_size or waiting[0].shape != x.shape):
@@ -835,10 +858,12 @@ def loaded(
     batch_size:int=64    # of images that come alone, or as one tensor
 ):  # yields x (B,C,H,W) normalised, y (B,) or None
     "Batches of images, in order, and their labels; checked, empty ones left out."
-    require(is_whole(batch_size) and 1 <= batch_size < 2**31, f'batch_size {brief(batch_size)} is not valid; give 1 or more')
+    require(is_whole(batch_size) and 1 <= batch_size < 2**31,
+        f'batch_size {brief(batch_size)} is not valid; give 1 or more')
     channels, stats = getattr(model, 'input_shape', (3,))[0], getattr(model, 'stats', None) if stats is None else stats
     if stats is not None: stats = checked_stats(stats, channels)
     if size is not None: size = _height_and_width(size)
     for x, y in _batched(images, channels, stats, batch_size):
-        if size and x.shape[-2:] != size: x = F.interpolate(x, size=size, mode='bilinear', antialias=True, align_corners=False)
+        if size and x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode='bilinear', antialias=True, align_corners=False)
         yield x, y

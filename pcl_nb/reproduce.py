@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from .claims import TABLES, judge_tables
-from .core import PROFILES, InputError, Progress, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
+from .core import PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, markdown_table, out_folder, require, resolve, root, runs_dir, to_json, versions, write_atomic
 from .data import fingerprint, is_drawn, published_sizes
 from .models import ARCHS, TITLES
 from .runs import ENGINES, RunsFailed, check_engine, cost, is_trained, pool, title, train_all
@@ -221,7 +221,11 @@ def verdicts(
     def table(path):
         try: return pd.read_csv(path)
         except (OSError, ValueError) as e: raise InputError(f'{path.name} cannot be read: {e}; run what wrote it again') from None
-    return judge_tables({p.stem: table(p) for p in judged(folder)})
+    tables = {p.stem: table(p) for p in judged(folder)}
+    try: return judge_tables(tables)
+    except (AttributeError, LookupError) as e:
+        raise InputError(f'a table in {str(folder)!r} is not of this version ({brief(str(e))}); '
+            'run what wrote it again') from e
 
 def verdict_matrix(
     found:pd.DataFrame  # from `verdicts`

@@ -392,7 +392,7 @@ def accuracies(
     device=None,
     profile:str=''     # whose least top-1 holds
 ) -> pd.DataFrame:  # a row a run: the key, data, epochs, top1, top5, learned, train_seconds
-    "Train what is missing, several at a time; accuracies on each run's validation images. Prints which networks have not learned."
+    "Train what is missing; accuracies on each run's validation images. Prints which networks have not learned."
     train_all(recipes.values(), workers, device)
     def numbers(f): return *(f.metrics[f'val_{k}'].iloc[-1] for k in ('top1', 'top5')), len(f.classes), round(f.seconds)
     found = {key: numbers(trained(r, device, progress=False)) for key, r in recipes.items()}

@@ -1,6 +1,7 @@
 """Tables of bad input for every parameter, command line, public function and kind of file: one line that names what is valid, or a documented way."""
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -43,7 +44,7 @@ BAD = dict(
 
 FOLDER = ['', 'no such thing', SNOW, 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=']
 VALID = dict(       # what looks bad and is documented
-    str=dict(out=FOLDER, device=[''], pcl=[''], photos=[''], images=[''], figures=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
+    str=dict(out=FOLDER, device=[''], pcl=['', {}], photos=[''], images=[''], figures=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
     int=dict(seed=[0, 2**31], workers=[0, 2**31], image=[0, 2**31], images=[2**31], epochs=[2**31], most=[2**31], evidence_images=[2**31],
         **{'your_own.batch': [2**31]}),   # more than there are: all
     float={}, bool={})
@@ -70,6 +71,33 @@ def test_parameter(notebook, name, kind):
             if valid: assert check(notebook, **{name: value})[name] is not None; continue
             said = refused(lambda: check(notebook, **{name: value}), 'images of' if value == 2**31 and name in ('train', 'val') else name)
         assert any(s in said for s in SAYS), said
+
+
+@pytest.mark.parametrize('notebook, name', [('erf', 'arch'), ('erf', 'stages'), ('focus_area', 'archs'),
+    ('focus_area', 'figure'), ('erasing_methods', 'compare'), ('open_choices', 'choices'), ('speed', 'parts'),
+    ('relu_activity', 'archs')])
+def test_lists_as_papermill_gives_them(notebook, name):
+    "By -p as text with commas or as JSON, by -y and from Python as a list or a tuple: the same value."
+    usual = check(NBS/f'{notebook}.ipynb')[name]
+    one = usual[:1]
+    for value in (','.join(usual), json.dumps(usual), str(usual), usual, tuple(usual)):
+        assert check(NBS/f'{notebook}.ipynb', **{name: value})[name] == usual, value
+    assert check(NBS/f'{notebook}.ipynb', **{name: json.dumps(one)})[name] == one
+
+
+def test_a_list_where_one_value_is_wanted():
+    "One line that says so; a dict of settings is what -y gives, and is taken."
+    for value in (['resnet18'], '["resnet18"]', 'resnet18,resnet50'):
+        said = refused(lambda: check(NBS/'qualitative.ipynb', arch=value), 'parameter arch: ', 'resnet50')
+        assert 'is a list; give one architecture: ' in said
+    for settings in ({'tau': .6}, 'tau=0.6', ['tau=0.6']):
+        assert check(NBS/'relu_activity.ipynb', pcl=settings)['pcl'] == {'tau': .6}
+
+
+@pytest.mark.parametrize('name, value', [('seed', '3'), ('images', '100'), ('log_counts', 'False')])
+def test_raw_numbers_are_named(name, value):
+    "papermill's -r gives text: one line that says so."
+    refused(lambda: check(NBS/'erf.ipynb', **{name: value}), f'parameter {name}: {value!r} is n', 'text', '-p, not -r')
 
 
 def test_every_experiment_is_in_the_table():
@@ -277,7 +305,7 @@ CALLS = {
     'core': each(core.usable_device, 'x', SNOW, LONG, 'meta', 'cuda:99', 'cpu:x', 5, 1.5, nan, [], {}) + each(core.resolve, None, 5, nan,
         LONG, '~no_such_user') + each(lambda v: core.threads(v).__enter__(), *COUNTS) + each(lambda v: core.choose(v, 'abc', 'letter'),
         *WORDS, LONG, [], 10**5000),
-    'explore.image_files': each(explore.image_files, 'x', 'a\0b', LONG, None, 5, nan, []),
+    'explore.image_files': each(explore.image_files, 'x', 'a\0b', LONG, None, 5, nan, {}, ['x'], ['a\0b'], [None]),
     'reproduce': each(lambda v: reproduce.plan([v]), *WORDS) + each(lambda v: reproduce.plan(profile=v),
         *WORDS) + each(lambda v: reproduce.plan(archs=[v]), *WORDS) + each(lambda v: reproduce.estimate([], v), *WORDS),
 }

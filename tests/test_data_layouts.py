@@ -320,10 +320,11 @@ def test_fingerprints_of_ordinary_layouts_stay(tmp_path, monkeypatch):
 
 
 def test_other_labels_are_another_set(tmp_path):
-    "The same files in the same order, in other classes: another fingerprint, so that no run of the one is taken for the other."
+    "The same files in the same order, in other classes: another fingerprint, so another run."
     prints = set()
     for n, (layout, classes) in enumerate({('a/x/1.ppm', 'a/y/1.ppm', 'b/z.ppm'): ('a', 'b'),
-            ('a/x/1.ppm', 'b/y/1.ppm', 'b/z.ppm'): ('a', 'b'), ('a/x/1.ppm', 'a/y/1.ppm', 'b/z/z.ppm'): ('a/x', 'a/y', 'b/z')}.items()):
+            ('a/x/1.ppm', 'b/y/1.ppm', 'b/z.ppm'): ('a', 'b'),
+            ('a/x/1.ppm', 'a/y/1.ppm', 'b/z/z.ppm'): ('a/x', 'a/y', 'b/z')}.items()):
         name = tiny(tmp_path/str(n), *layout)
         assert data.load(name, 'val', 32).classes == classes
         prints.add(data.fingerprint(name, 32))
@@ -335,7 +336,8 @@ def test_places365_as_it_is_unpacked(places, tmp_path):
     for split in ('train', 'val'): shutil.copytree(places/'data_256_standard', tmp_path/'set'/split)
     name = f"folder:{tmp_path/'set'}"
     images, official = data.load(name, 'train', 28), data.load(f'places365-small:{places}@0', 'train', 28)
-    assert images.classes == tuple(c.lstrip('/') for c in CLASSES) and images.labels.tolist() == official.labels.tolist()
+    assert images.classes == tuple(c.lstrip('/') for c in CLASSES)
+    assert images.labels.tolist() == official.labels.tolist()
     assert all((a == b).all() for a, b in zip(images.images, official.images))
     packed = data.load(f"packed:{data.pack(name, tmp_path/'packed', 32, progress=False)}", 'val', 28)
     assert packed.classes == images.classes and packed.labels.tolist() == images.labels.tolist()
@@ -356,19 +358,22 @@ def test_case_alone_keeps_labels(tmp_path):
 def test_what_tools_leave_in_imagenet(imagenet):
     "Neither images nor classes; a folder that is no class is named, and a split that was not sorted into folders."
     before = data.load(f'imagenet:{imagenet}', 'train', 32), data.fingerprint(f'imagenet:{imagenet}', 32)
-    for name in ('.ipynb_checkpoints/1.JPEG', '__MACOSX/n01440764/1.JPEG', 'n01440764/._1.JPEG', 'n01440764/.thumbnails/1.JPEG'):
+    for name in ('.ipynb_checkpoints/1.JPEG', '__MACOSX/n01440764/1.JPEG', 'n01440764/._1.JPEG',
+            'n01440764/.thumbnails/1.JPEG'):
         picture(imagenet/'train'/name)
     refresh()
     after = data.load(f'imagenet:{imagenet}', 'train', 32), data.fingerprint(f'imagenet:{imagenet}', 32)
     assert after[0].labels.tolist() == before[0].labels.tolist() and after[1] == before[1]
     picture(imagenet/'train/extra/1.JPEG'); refresh()
-    with pytest.raises(InputError, match="'extra' in .*train' is not a class of ImageNet"): data.check_data(f'imagenet:{imagenet}')
+    with pytest.raises(InputError, match="'extra' in .*train' is not a class of ImageNet"):
+        data.check_data(f'imagenet:{imagenet}')
     shutil.rmtree(imagenet/'train/extra')
     for f in (imagenet/'val').rglob('*.JPEG'): f.rename(imagenet/'val'/f.name)
     for d in (imagenet/'val').iterdir():
         if d.is_dir(): d.rmdir()
     refresh()
-    with pytest.raises(InputError, match='holds no class folder.*ILSVRC2012_img_val.tar'): data.check_data(f'imagenet:{imagenet}')
+    with pytest.raises(InputError, match='holds no class folder.*ILSVRC2012_img_val.tar'):
+        data.check_data(f'imagenet:{imagenet}')
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -41,7 +41,8 @@ def test_configuration_is_what_the_methods_say(smoke):
 
 
 @pytest.mark.parametrize('name',
-    ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_correlations', 'relu_claims'])
+    ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_coupling',
+        'relu_correlations', 'relu_claims'])
 def test_result_has_numbers_and_provenance(smoke, name):
     "Each result has its table and says how it came about."
     about = json.loads((smoke.results/f'{name}.json').read_text())
@@ -51,13 +52,39 @@ def test_result_has_numbers_and_provenance(smoke, name):
 def test_activity_is_a_share(smoke):
     "Activity and region lie between 0 and 1, for every network and stage."
     table = pd.read_csv(smoke.results/'relu_activity.csv')
-    assert len(table) == 8 and table[['positive', 'region']].apply(lambda c: c.between(0, 1)).all(axis=None)
+    assert len(table) == 10 and table[['positive', 'region']].apply(lambda c: c.between(0, 1)).all(axis=None)
+
+
+def test_every_choice_of_images_stands_beside_the_chosen_one(smoke):
+    "C16 is measured on scenes, on objects and on each network's own images (U16); the verdict rests on the chosen ones."
+    table = pd.read_csv(smoke.results/'relu_comparisons.csv')
+    for what in ('positive', 'region'):
+        rows = table[(table.a == 'scenes') & (table.b == 'objects') & (table.stage == what)]
+        assert rows.images_from.tolist() == ['scenes', 'objects', 'own'] and rows.chosen.tolist() == [True, False, False]
+        assert rows.difference.nunique() == 3 and rows.learned.notna().all()
+    compared = set(zip(table.a, table.stage))
+    assert {('pcl', 'positive'), ('pcl', 'positive at stage 3'), ('pcl_s4', 'positive')} <= compared
+
+
+def test_coupling_is_compared_with_the_same_statistics_held_constant(smoke):
+    "C15 rests on two passes of one network; what falls on other images of the batch is a share."
+    verdicts = pd.read_csv(smoke.results/'relu_claims.csv').set_index('claim')
+    assert list(verdicts.index) == ['C22', 'C15', 'C16', 'C18'] and 'running' not in verdicts.evidence['C15']
+    assert verdicts.evidence['C15'].count('coupled - ') == 3 and 'region' not in verdicts.evidence['C16']
+    table = pd.read_csv(smoke.results/'relu_coupling.csv')
+    assert table.images.eq(4).all() and len(table) == 3 and table.elsewhere.between(0, 1).all()
+    assert (table.elsewhere_low <= table.elsewhere).all() and (table.elsewhere <= table.elsewhere_high).all()
 
 
 @pytest.mark.parametrize('notebook', ['erasing_methods', 'relu_activity'])
 def test_defaults_are_valid(notebook):
     "The parameters cell itself passes."
     assert check(NBS/f'{notebook}.ipynb')['profile'] == 'smoke'
+
+
+def test_coupling_takes_enough_images():
+    "C15 rests on 96 images unless told otherwise."
+    assert check(NBS/'relu_activity.ipynb')['coupled'] == 96
 
 
 @pytest.mark.parametrize('notebook, name, value, named', [
@@ -70,6 +97,7 @@ def test_defaults_are_valid(notebook):
     ('relu_activity', 'archs', 'vgg', 'unknown architecture'),
     ('relu_activity', 'coupled', 1, 'is not a whole number from 2 to 1024'),
     ('relu_activity', 'scenes', 'places', 'valid: concept_scenes'),
+    ('relu_activity', 'images_from', 'places', 'valid: scenes, objects, own'),
 ])
 def test_bad_value_is_refused_in_one_line(notebook, name, value, named):
     "The message says what is valid, on one line; nothing is computed."

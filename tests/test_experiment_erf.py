@@ -106,10 +106,31 @@ def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (results/'fig9_resnet18.csv').read_bytes() == (smoke.results/'fig9_resnet18.csv').read_bytes()
     assert set(json.loads((results/'fig9_resnet18.json').read_text())['runs']) == {'scenes', 'scenes 1', 'pcl_s4', 'pcl_s4 1'}
-    one, two = (pd.read_csv(f/'erf_comparisons_resnet18.csv').set_index(['a', 'b', 'stage']) for f in (smoke.results, results))
-    assert one.runs.eq(1).all() and two.runs[two.runs == 2].index.tolist() == [('pcl_s4', 'scenes', 'stage4')]
+    one, two = (pd.read_csv(f/'erf_comparisons_resnet18.csv').set_index(['a', 'b', 'stage', 'images_from']) for f in (smoke.results, results))
+    assert one.runs.eq(1).all() and two.runs[two.runs == 2].index.tolist() == [('pcl_s4', 'scenes', 'stage4', 'scenes')]
     same = two.index[two.runs == 1]
     pd.testing.assert_frame_equal(one.loc[same], two.loc[same], check_dtype=False)
+
+
+def test_every_choice_of_images_stands_beside_the_chosen_one(smoke, tmp_path):
+    "C10 is measured on scenes, objects and each network's own images (U16); verdict and figures rest on the chosen ones."
+    (tmp_path/'runs').symlink_to(smoke.folder/'runs')
+    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='6', images_from='own')
+    assert done.returncode == 0, done.stderr[-3000:]
+    default, own = (pd.read_csv(f/'erf_comparisons_resnet18.csv') for f in (smoke.results, tmp_path/'figures'/'smoke'))
+    of_default, of_own = (t[(t.a == 'scenes') & (t.b == 'objects')].set_index('images_from') for t in (default, own))
+    assert list(of_default.index) == list(of_own.index) == ['scenes', 'objects', 'own']
+    assert of_default.chosen.tolist() == [True, False, False] and of_own.chosen.tolist() == [False, False, True]
+    pd.testing.assert_frame_equal(of_default.drop(columns='chosen'), of_own.drop(columns='chosen'))
+    assert own[own.b == 'init'].images_from.eq('own').all()
+    before, now = (pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count')
+        for f in (smoke.results, tmp_path/'figures'/'smoke'))
+    assert before.scenes.equals(now.scenes) and not before.objects.equals(now.objects)
+
+
+def test_batch_normalisation_has_one_source(smoke):
+    "C15 is judged in relu_activity.ipynb alone."
+    assert 'C15' not in set(read(smoke, 'erf_claims_resnet18')[0].claim)
 
 
 def test_more_architectures_join_the_figure(smoke, tmp_path):
@@ -144,7 +165,7 @@ def test_defaults_are_valid():
     ('profile', 'tiny', 'valid: smoke, embedded, photos'),
     ('scenes', 'folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
     ('objects', 'image_net', 'valid: concept_scenes, concept_objects, folder:PATH'),
-    ('images_from', 'places', 'valid: scenes, objects'),
+    ('images_from', 'places', 'valid: scenes, objects, own'),
     ('images', 0, 'parameter images: 0 is not a whole number'),
     ('images', 1.5, 'parameter images: 1.5 is not a whole number'),
     ('images', True, 'parameter images: True is not a whole number'),

@@ -31,8 +31,8 @@ def read(smoke, name):
 
 
 @pytest.mark.parametrize('name',
-    ['fig1', 'fig2', 'fig3', 'focus_evidence', 'focus_coverage', 'focus_claims', 'fig4_resnet18', 'fig4_groups_resnet18',
-        'fig4_claims_resnet18', 'table1', 'table1_claims'])
+    ['fig1', 'fig1_distances', 'fig2', 'fig3', 'focus_evidence', 'focus_coverage', 'focus_claims', 'fig4_resnet18',
+        'fig4_groups_resnet18', 'fig4_claims_resnet18', 'table1', 'table1_claims'])
 def test_result_has_numbers_and_provenance(smoke, name):
     "Each result has its table and says how it came about; those that are pictures have something on them."
     table, about = read(smoke, name)
@@ -52,6 +52,28 @@ def test_distributions_are_whole(smoke):
     assert set(one.scheme) == set(plots.FIG1) and set(one.data) == {'scenes', 'objects'} and one.seed.nunique() == 2
     assert set(two.network) == set(plots.FIG2) and two.arch.nunique() == 2
     assert set(three.network) == set(plots.FIG3) and set(three.arch) == {'resnet18'}
+
+
+def test_distances_are_those_of_the_drawn_distributions(smoke):
+    "Summed over bins they are total variations of the pairs of runs in figure 1's table, and stand in the evidence of C1."
+    table, distances = (read(smoke, name)[0] for name in ('fig1', 'fig1_distances'))
+    distances = distances.groupby('data')[['runs', 'schemes']].sum()
+    for data in ('scenes', 'objects'):
+        rows = table[table.data == data].pivot(index=['scheme', 'seed'], columns='bin', values='share')
+        far = {(a, b): abs(rows.loc[a] - rows.loc[b]).sum()/2 for a in rows.index for b in rows.index if a < b}
+        for column, alike in dict(runs=True, schemes=False).items():
+            mean = np.mean([v for (a, b), v in far.items() if (a[0] == b[0]) == alike])
+            assert np.isclose(distances[column][data], mean, atol=1e-4)
+    evidence = read(smoke, 'focus_claims')[0].set_index('claim').evidence['C1']
+    assert f"runs {distances.runs['scenes']:.2f}, schemes {distances.schemes['scenes']:.2f} of the images" in evidence
+
+
+def test_single_images_have_a_control(smoke):
+    "C7's second baseline is figure 1's of the next seed; its groups stand beside PCL's, its shares in the evidence."
+    groups, about = read(smoke, 'fig4_groups_resnet18')
+    assert about['runs']['another seed'] == read(smoke, 'fig1')[1]['runs']['resnet18 scenes simple 1']
+    assert groups.groupby('network').images.sum().to_dict() == {'pcl': 64, 'another seed': 64}
+    assert 'between two baselines' in read(smoke, 'fig4_claims_resnet18')[0].evidence[0]
 
 
 def test_evidence_is_measured_for_every_rule_and_network(smoke):

@@ -147,6 +147,22 @@ def test_readme_is_the_rendered_index(tmp_path):
     assert (ROOT/'README.md').read_text(encoding='utf-8') == (tmp_path/'README.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.parametrize('figures, found', [('{tmp}', 0), ('figures', 5), ('{root}/figures', 5)])
+def test_index_runs_with_any_figures_folder(tmp_path, monkeypatch, figures, found):
+    "Every table from results elsewhere, named as from the project's folder; one line where they are missing."
+    monkeypatch.setenv('PCL_NB_FIGURES', figures.format(tmp=tmp_path, root=ROOT))
+    monkeypatch.chdir(NBS)
+    names, shown = {}, []
+    for cell in code_cells(NBS/'index.ipynb'):
+        *body, last = ast.parse(cell.source).body
+        exec(compile(ast.Module(body, []), 'index', 'exec'), names)
+        if not isinstance(last, ast.Expr): exec(compile(ast.Module([last], []), 'index', 'exec'), names); continue
+        value = eval(compile(ast.Expression(last.value), 'index', 'eval'), names)
+        if type(value).__name__ == 'Markdown': shown.append(value.data)
+    lacks = [m for m in shown if ' is missing: ' in m]
+    assert len(shown) == 5 and len(lacks) == 5 - found and all('\n' not in m for m in lacks)
+
+
 @pytest.mark.parametrize('requirement', requirements(), ids=lambda r: r.name)
 def test_requirement_is_pinned(requirement):
     "constraints.txt pins each requirement, to a version that it allows."
