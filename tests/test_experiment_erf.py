@@ -175,7 +175,7 @@ def test_defaults_are_valid():
     ('stages', '', 'give at least one'),
     ('figures', '4', 'valid: 5, 6, 7, 8, 9'),
     ('center', 'middle', 'valid: floor, mean4'),
-    ('relu', 'none', 'valid: after, before'),
+    ('relu', 'none', 'valid: after, before, conv'),
     ('scheme', 'hard', 'valid: simple, complex'),
     ('pcl', 'tau', "'tau' is not name=value"),
     ('pcl', 'tau=2', 'a number from 0 to 1'),
@@ -190,7 +190,7 @@ def test_defaults_are_valid():
     ('bins', 0, 'is not a whole number from 10 to 10000'),
     ('smooth', 0, 'is not a whole number from 1 to 50'),
     ('smooth', 2.5, 'is not a whole number from 1 to 50'),
-    ('init_statistics', 'fresh', 'valid: stored, calibrated'),
+    ('init_statistics', 'fresh', 'valid: stored, calibrated, batch'),
     ('log_counts', 'yes', 'neither True nor False'),
     ('imagse', 3, "did you mean 'images'?"),
 ])
