@@ -26,7 +26,7 @@ def smoke(tmp_path_factory):
 
 
 def test_every_combination_is_measured(smoke):
-    "Architectures x initialisations x statistics x readings x views; equal weights give equal shares; nothing is trained."
+    "A row a combination and view; equal weights give equal shares; nothing is trained."
     assert len(smoke.table) == 2*3*3*3*2 and smoke.table.share.between(0, 1).all()
     wide = smoke.table.pivot(index=['arch', 'statistics', 'reading', 'view'], columns='init', values='share')
     assert (wide.zero_residual == wide.torchvision)['shufflenet_v2_x1_5'].all()
@@ -76,7 +76,8 @@ def test_bad_value_is_refused_in_one_line(name, value, named):
 
 def test_reproduced_without_training(tmp_path, capsys):
     "`pcl-reproduce --only initialisation` runs it, and leaves it out the second time."
-    command = ['--only', 'initialisation', '--profile', 'smoke', '--archs', 'resnet18', '--out', str(tmp_path/'out'), '--quiet']
+    command = ['--only', 'initialisation', '--profile', 'smoke', '--archs', 'resnet18', '--quiet',
+               '--out', str(tmp_path/'out')]
     for state in ('done', 'up to date'):
         assert reproduce.main(command) == 0
         said = capsys.readouterr().out
@@ -91,5 +92,6 @@ def test_changed_photographs_are_seen(tmp_path):
             (tmp_path/'photos'/split/'a').mkdir(parents=True, exist_ok=True)
             to_pil_image(torch.full((3, 40, 40), shade/255)).save(tmp_path/'photos'/split/'a'/f'{shade}.png')
         data._fingerprint.cache_clear()                    # kept within a process
-        return reproduce._receipt(reproduce.Job('initialisation', dict(scenes=f"folder:{tmp_path/'photos'}")), {}, tmp_path)
+        job = reproduce.Job('initialisation', dict(scenes=f"folder:{tmp_path/'photos'}"))
+        return reproduce._receipt(job, {}, tmp_path)
     assert receipt(10) != receipt(20)
