@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                'pcl_nb.claims._learned': ('claims.html#_learned', 'pcl_nb/claims.py'),
                                'pcl_nb.claims._networks_to_decide': ('claims.html#_networks_to_decide', 'pcl_nb/claims.py'),
                                'pcl_nb.claims._numbers': ('claims.html#_numbers', 'pcl_nb/claims.py'),
+                               'pcl_nb.claims._points': ('claims.html#_points', 'pcl_nb/claims.py'),
                                'pcl_nb.claims._pooled': ('claims.html#_pooled', 'pcl_nb/claims.py'),
                                'pcl_nb.claims._relatives': ('claims.html#_relatives', 'pcl_nb/claims.py'),
                                'pcl_nb.claims._runs_each': ('claims.html#_runs_each', 'pcl_nb/claims.py'),

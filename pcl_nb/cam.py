@@ -75,7 +75,8 @@ def erasing_mask(
     require(is_real(tau) and 0 <= tau <= 1, f'tau {brief(tau)} is not valid; give a number from 0 to 1')
     require(is_real(omega) and omega >= 0, f'omega {brief(omega)} is not valid; give a finite number of 0 or more')
     check_maps(maps, size)
-    a = (normalize_map(maps) if normalize == 'before' else maps.to(torch.promote_types(maps.dtype, torch.float32)))[:, None]
+    a = normalize_map(maps) if normalize == 'before' else maps.to(torch.promote_types(maps.dtype, torch.float32))
+    a = a[:, None]
     a = _by_products(a, size) if a.is_cuda and a.requires_grad else F.interpolate(a, size=tuple(size), mode='bilinear', align_corners=False)
     if normalize == 'after': a = normalize_map(a)
     flat = (maps.amax((-2, -1)) == maps.amin((-2, -1)))[:, None, None, None]       # nothing stands out: nothing is erased

@@ -161,7 +161,8 @@ def erf_claims_of(
         'C13': ('IPC enlarges it more than CPC; IPC, side loss and final do not differ',
                 (Part('ipc', 'cpc', 'stage3'), Part('ipc', 'side', 'stage3', '='), Part('pcl', 'side', 'stage3', '=')), 'fig8'),
         'C14': ('Ours-S4 enlarges it' if s4 == '>' else 'Ours-S4 does not enlarge it', (Part('pcl_s4', 'scenes', 'stage4', s4),), 'fig9'),
-        'C17': ('the side loss is the main cause of the larger ERF', (Part('side', 'scenes', 'stage3'), Part('side', REST, 'stage3')), 'fig8'),
+        'C17': ('the side loss is the main cause of the larger ERF',
+            (Part('side', 'scenes', 'stage3'), Part('side', REST, 'stage3')), 'fig8'),
     }
 
 def erf_pairs(
@@ -623,11 +624,13 @@ WEIGHTS = 'amloss:weight=0.5', 'amloss', 'amloss:weight=2'
 ERASING_CLAIMS = {   # id -> (what is claimed, parts); methods as `methods.variant` names them
     'C19': ('ADL in stages 3 and 4 is worse than the baseline, in stage 4 alone it is not',
         (Part('baseline', 'adl:stage=stage3+stage4', 'accuracy'), Part('baseline', 'adl', 'accuracy', '<='))),
-    'C20': ('AMLoss with weight 0.5, 1 and 2 performs alike', tuple(Part(a, b, 'accuracy', '=') for a, b in combinations(WEIGHTS, 2))),
+    'C20': ('AMLoss with weight 0.5, 1 and 2 performs alike',
+        tuple(Part(a, b, 'accuracy', '=') for a, b in combinations(WEIGHTS, 2))),
     'C21': ('PCL classifies better than Hide-and-Seek, ACoL, ADL and AMLoss',
         tuple(Part('pcl', n, 'accuracy') for n in ('has', 'acol', 'adl', 'amloss'))),
 }
 
+# %% ../nbs/11_claims.ipynb #c2a01108
 def _unpaired(runs, part):
     "The accuracies of a part's two methods compared; None if one is missing."
     a, b = (runs[runs.method == n] for n in (part.a, part.b))
@@ -650,6 +653,12 @@ def _runs_to_decide(rows, rule):
     return f'{most + 1 + max((i + 1 for i, v in enumerate(said) if v != said[-1]), default=0)} runs of each'
 
 # %% ../nbs/11_claims.ipynb #c2a01105
+def _points(row):
+    "A comparison of accuracies in words."
+    runs = ' and '.join(map(str, dict.fromkeys(row.runs))) + ' runs' + ('' if row.learned else ' (a network that has not learned)')
+    return '{} - {}: {:+.2f} points [{:+.2f}, {:+.2f}], '.format(row.part.a, row.part.b,
+        *(100*v for v in (row.difference, row.low, row.high))) + runs
+
 def judge_erasing(
     runs:pd.DataFrame,   # a row a run: method, seed, top1; optional: learned
     arch:str
@@ -666,9 +675,8 @@ def judge_erasing(
         takes = ('' if said != 'inconclusive' else f"{', '.join(missing)} compared as well" if missing
             else UNLEARNED if not all(r.learned for r in rows)
             else 'several runs' if any(sum(r.runs) < 3 for r in rows) else _runs_to_decide(rows, rule))
-        text = '; '.join(f'{r.part.a} - {r.part.b}: {100*r.difference:+.2f} points [{100*r.low:+.2f}, {100*r.high:+.2f}], '
-            f"{' and '.join(map(str, dict.fromkeys(r.runs)))} runs" + ('' if r.learned else ' (a network that has not learned)') for r in rows)
-        found.append(dict(arch=arch, claim=claim, says=says, evidence=text, verdict=said, takes=takes, figure='erasing'))
+        found.append(dict(arch=arch, claim=claim, says=says, evidence='; '.join(map(_points, rows)), verdict=said, takes=takes,
+            figure='erasing'))
     return pd.DataFrame(found, columns=COLUMNS)
 
 # %% ../nbs/11_claims.ipynb #cd0773ae

@@ -107,8 +107,8 @@ class PCL(Method):
             yield logits, items
             return
         target = labels if self.target == 'truth' else logits.argmax(1)
-        erased = cam_erase(model, images, f[self.stage], target, self.stage, self.mask, self.tau, self.omega, self.fill, stats,
-            normalize=self.normalize)
+        erased = cam_erase(model, images, f[self.stage], target, self.stage, self.mask, self.tau, self.omega, self.fill,
+            stats, normalize=self.normalize)
         if self.detach:                    # the original is a teacher: its own losses are complete
             yield logits, items
             logits, items = logits.detach(), {}
@@ -386,8 +386,8 @@ class AMLoss(Method):
         logits, f = model(images, stages=('stage4',))
         items = dict(ce=F.cross_entropy(logits, labels))
         if self.weight:
-            erased = cam_erase(model, images, f['stage4'], labels, 'stage4', 'soft', self.sigma, self.omega, detach=False,
-                normalize=self.normalize)
+            erased = cam_erase(model, images, f['stage4'], labels, 'stage4', 'soft', self.sigma, self.omega,
+                detach=False, normalize=self.normalize)
             with erased_norms(model, self.erased_norm): erased_logits = model(erased)
             items['am'] = self.weight*erased_logits.softmax(1).gather(1, labels[:, None]).mean()
         return logits, items
@@ -424,10 +424,11 @@ def variant(
     choose(method, METHODS, 'method')
     if told == 'official':
         valid = ', '.join(f'{m}:official' for m, o in OFFICIAL.items() if o)
-        require(OFFICIAL.get(method), f'unknown method {brief(name)}: its release sets nothing otherwise; valid: {valid}')
+        require(OFFICIAL.get(method), f'unknown method {brief(name)}: its release differs in nothing; valid: {valid}')
         return name, method, OFFICIAL[method]
     items = [i.partition('=') for i in re.split(r'/(?=\w+=)', told) if told]
-    require(all(sign and v for _, sign, v in items), f'{brief(name)} is not a method; give NAME, NAME:official or NAME:SETTING=VALUE/...')
+    require(all(sign and v for _, sign, v in items),
+        f'{brief(name)} is not a method; give NAME, NAME:official or NAME:SETTING=VALUE/...')
     options = differing(method, **{k: literal(v) for k, _, v in items})
     texts = [f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in options.items()]
     return ':'.join([method, *filter(None, ['/'.join(texts)])]), method, options

@@ -231,7 +231,7 @@ CALLS = {
     'cam.class_activation_map': each(lambda v: cam.class_activation_map(FEATURES, W, v), Y[:1], Y + 9, Y - 1, Y*1., Y.bool(), [0, 1],
         None) + [lambda: cam.class_activation_map(FEATURES[0], W, Y), lambda: cam.class_activation_map(FEATURES, W[:, :3], Y)],
     'cam.normalize_map': each(cam.normalize_map, MAPS[0, 0], MAPS[:, :0], None),
-    'cam.erasing_mask': options(lambda **k: cam.erasing_mask(MAPS, (8, 8), **k), tau=TAUS, mask=WORDS,
+    'cam.erasing_mask': options(lambda **k: cam.erasing_mask(MAPS, (8, 8), **k), tau=TAUS, mask=WORDS, normalize=WORDS,
         omega=[nan, inf, -1, 'x', None]) + each(lambda v: cam.erasing_mask(v, (8, 8)), MAPS[0], MAPS[:, :0],
         None) + each(lambda v: cam.erasing_mask(MAPS, v), *SIZES),
     'cam.erase': each(lambda v: cam.erase(X, MASK, v), 'black', *WORDS) + each(lambda v: cam.erase(X, v), MASK[..., :16],

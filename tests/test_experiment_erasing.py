@@ -1,13 +1,15 @@
 """The experiments on erasing methods and on ReLU activity as a user runs them, at the smallest profile."""
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from conftest import NBS, check, contents, papermill
-from pcl_nb import core, methods
+from pcl_nb import core, methods, reproduce, training
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +25,8 @@ def smoke(tmp_path_factory):
 def test_every_method_is_compared(smoke):
     "A row a method: cost and parameters relative to what it is, accuracy over both runs."
     table = pd.read_csv(smoke.results/'erasing_methods_resnet18.csv').set_index('method')
-    assert list(table.index) == ['baseline', 'has', 'acol', 'adl', 'adl:official', 'amloss', 'pcl'] and (table.runs == 2).all()
+    assert list(table.index) == ['baseline', 'has', 'acol', 'adl', 'adl:official', 'adl:stage=stage3+stage4', 'amloss', 'amloss:weight=0.5',
+                                 'amloss:weight=2', 'pcl'] and (table.runs == 2).all()
     assert table.cost['baseline'] == 1 and (table.cost > 0).all()
     base = table.loc['baseline']
     for name in ('has', 'adl', 'amloss'):
@@ -31,6 +34,47 @@ def test_every_method_is_compared(smoke):
     assert table.parameters_evaluation['acol'] == table.parameters_training['acol'] > base.parameters_training
     assert table.parameters_training['pcl'] > table.parameters_evaluation['pcl'] == base.parameters_evaluation, 'the side head is for training alone'
     assert np.isfinite(table[['top1', 'coverage', 'erf']]).all(axis=None)
+
+
+def test_appendix_b_is_judged_from_the_runs(smoke):
+    "C19 to C21 have what they need; one epoch decides nothing."
+    found = reproduce.verdicts(smoke.results).set_index('claim')
+    assert {'C19', 'C20', 'C21'} <= set(found.index) and not found.takes[['C19', 'C20', 'C21']].str.contains('compared as well').any()
+    assert (found.verdict[['C19', 'C20', 'C21']] == 'inconclusive').all()
+
+
+def test_variant_has_one_name_and_one_run():
+    "A weight of 2 and of 2.0 is one method and one run; the default's is the method's own."
+    given = dict(profile='smoke', compare='amloss:weight=2.0,amloss:weight=2,amloss:weight=1,amloss,adl:stage=stage3+stage4', seeds=1)
+    recipes = reproduce.recipes_of(reproduce.Job('erasing_methods', given))
+    assert [n for n, _ in recipes] == ['baseline', 'amloss:weight=2', 'amloss', 'adl:stage=stage3+stage4']
+    assert [r.options for r in recipes.values()] == [{}, {'weight': 2.}, {}, {'stage': 'stage3+stage4'}]
+
+
+def test_open_choices_change_one_thing():
+    "Each alternative differs from the default in what it is about; the default's recipe is the base's."
+    recipes = reproduce.recipes_of(reproduce.Job('open_choices', dict(profile='smoke')))
+    for (network, choice), r in recipes.items():
+        if not choice or network in ('acol', 'complex'): continue
+        changed = {f.name for f in fields(r) if getattr(r, f.name) != getattr(recipes[network, ''], f.name)}
+        assert changed <= ({'init'} if choice.startswith('U14') else {'options'}), (network, choice)
+    options = {c: r.options for (n, c), r in recipes.items() if n in ('pcl', 'acol')}
+    for choice, want in {'U13 apart': {}, 'U13 running': dict(erased_norm='running'), 'U13 mixed': dict(erased_norm='mixed'),
+                         'U17 after, PCL': dict(normalize='after'), 'U18 copy': {}, 'U18 apart': dict(branch_b='apart')}.items():
+        assert options[choice] == want
+    assert {recipes[n, f'U14 {i}'].init for n in ('init', 'objects', 'scenes', 'pcl') for i in ('torchvision',)} == {'torchvision'}
+
+
+def test_second_branch_apart_is_fixed_by_the_seed():
+    "A recipe gives the same branch B each time, another than the copy's and another seed's; branch A is the copy's."
+    def built(seed=0, **options):
+        recipe = training.recipe_for('smoke', method='acol', options=options, seed=seed)
+        return training.build_model(recipe, 16).state_dict()
+    apart, again, copied, other = built(branch_b='apart'), built(branch_b='apart'), built(), built(1, branch_b='apart')
+    assert all(torch.equal(apart[k], again[k]) for k in apart)
+    weights = [k for k in apart if k.startswith('branch_b.') and apart[k].dim() == 4]
+    assert weights and not any(torch.equal(apart[k], s[k]) for k in weights for s in (copied, other))
+    assert all(torch.equal(apart[k], copied[k]) for k in apart if not k.startswith(('branch_b.', 'head_b.')))
 
 
 def test_configuration_is_what_the_methods_say(smoke):
@@ -90,6 +134,8 @@ def test_coupling_takes_enough_images():
 @pytest.mark.parametrize('notebook, name, value, named', [
     ('erasing_methods', 'compare', 'hide_and_seek', 'valid: baseline, side'),
     ('erasing_methods', 'compare', 'amloss:official', 'unknown method'),
+    ('erasing_methods', 'compare', 'amloss:weight=heavy', 'give a finite number of 0 or more'),
+    ('open_choices', 'choices', 'U99', 'unknown open choice'),
     ('erasing_methods', 'arch', 'resnet19', "did you mean 'resnet18'?"),
     ('erasing_methods', 'steps', 1, 'is not a whole number from 3 to 1000'),
     ('erasing_methods', 'tau', 2, 'is not a number from 0 to 1'),
