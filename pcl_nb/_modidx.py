@@ -376,6 +376,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
             'pcl_nb.models': { 'pcl_nb.models.Published': ('models.html#published', 'pcl_nb/models.py'),
                                'pcl_nb.models.StagedClassifier': ('models.html#stagedclassifier', 'pcl_nb/models.py'),
                                'pcl_nb.models.StagedClassifier.__init__': ('models.html#stagedclassifier.__init__', 'pcl_nb/models.py'),
+                               'pcl_nb.models.StagedClassifier._conv': ('models.html#stagedclassifier._conv', 'pcl_nb/models.py'),
                                'pcl_nb.models.StagedClassifier._convolution': ( 'models.html#stagedclassifier._convolution',
                                                                                 'pcl_nb/models.py'),
                                'pcl_nb.models.StagedClassifier._probe': ('models.html#stagedclassifier._probe', 'pcl_nb/models.py'),

@@ -118,14 +118,16 @@ def impact_replicates(
     require(is_whole(replicates) and 0 <= replicates <= 10**6,
         f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
     model = staged(model)
-    choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center'); choose(relu, RELU, 'reading of the final convolution')
+    choose(stage, model.stages, 'stage'); choose(center, CENTERS, 'center')
+    choose(relu, RELU, 'reading of the final convolution')
     g = generator('bootstrap', seed)
     total, weights = None, None
-    require(is_whole(shared) and 0 <= shared != 1, f'shared {brief(shared)} is not valid; give 0 (running statistics), or 2 or more')
-    def impacts(x): return _shared_impacts(model, x, stage, center, relu, shared) if shared else _independent_impacts(model, x, stage, center, relu)
-    with (frozen if shared else folded)(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
+    require(is_whole(shared) and 0 <= shared != 1,
+        f'shared {brief(shared)} is not valid; give 0 (running statistics), or 2 or more')
+    impacts, kept = (partial(_shared_impacts, shared=shared), frozen) if shared else (_independent_impacts, folded)
+    with kept(model), Progress(desc=f'impact map {stage}', unit=' images', disable=not progress, leave=False) as bar:
         for x in _stream(images, batch_size, model, size, stats):
-            impact = impacts(placed(model, x)).flatten(1)
+            impact = impacts(model, placed(model, x), stage, center, relu).flatten(1)
             w = torch.cat([torch.ones(len(x), 1), torch.poisson(torch.ones(len(x), replicates), generator=g)], 1).to(impact)
             require(total is None or total.shape[1] == impact.shape[1],
                 'images have different sizes; an impact map needs one: give size=..., to which they are resized')
@@ -320,13 +322,14 @@ def _groups(x, shared):
 
 def _shared_impacts(model, x, stage, center, relu, shared):
     "|d(sum of y)/dx| of each image under batch statistics: (B,H,W)."
-    with batch_statistics(model), _light_stem(model): return torch.cat([_impacts(model, g, stage, center, relu) for g in _groups(x, shared)])
+    with batch_statistics(model), _light_stem(model):
+        return torch.cat([_impacts(model, g, stage, center, relu) for g in _groups(x, shared)])
 
 
 # %% ../nbs/09_erf.ipynb #5d10c3a3
 @contextlib.contextmanager
 def _live_branches(model):
-    "Context manager: torchvision's residual blocks whose branch adds 0 pass on their shortcut alone; those with a stage's last convolution stay."
+    "Context manager: residual blocks whose branch adds 0 are their shortcut, unless a last convolution is in it."
     read = {model.last_convolution(s)[0].rpartition('.')[0] for s in model.stages}
     def dead(block):
         norm = {resnet.BasicBlock: 'bn2', resnet.Bottleneck: 'bn3'}.get(type(block))
@@ -348,7 +351,8 @@ def reading_maps(
 ) -> dict:  # reading, a name in `models.RELU` -> impact map (H,W), raw
     "What `impact_map` gives for each reading of the final convolution (U10)."
     total = dict.fromkeys(RELU, 0.)
-    with (frozen if shared else folded)(model), _live_branches(model), _light_stem(model), batch_statistics(model) if shared else contextlib.nullcontext():
+    normalised = batch_statistics(model) if shared else contextlib.nullcontext()
+    with (frozen if shared else folded)(model), _live_branches(model), _light_stem(model), normalised:
         for x in _groups(images, shared) if shared else parts(images):
             x = placed(model, x).detach().requires_grad_()
             with torch.enable_grad(): values = model.stage_readings(x, stage, lambda f: center_value(f, center).sum())

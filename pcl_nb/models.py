@@ -99,7 +99,7 @@ def _once(net, x):
 
 # %% ../nbs/02_models.ipynb #6c02a7e1
 def _depths(end, counted):
-    "Node of autograd's graph -> most nodes of `counted` on a way from the input to it, itself included; for all that lead to `end`."
+    "Node of autograd's graph that leads to `end` -> most nodes of `counted` on a way from the input up to it."
     depths, waiting = {}, [end]
     while waiting:
         before = [n for n, _ in waiting[-1].next_functions if n is not None]
@@ -108,21 +108,26 @@ def _depths(end, counted):
     return depths
 
 def _deepest_convolution(net, stage, x):
-    "Name and number of the call of the convolution with most convolutions before it, of those that lead to the end of a stage (a module) and give a map of its size; None if there is none."
+    """Name of a convolution and which of its calls: of those that lead to the end of a stage (a module) and give a map
+    of its size, the one with the most convolutions before it; None if there is none."""
     made, calls, reached = {}, Counter(), []
+    convs = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
     def see(name):
-        def hook(module, args, output): calls[name] += 1; made[output.grad_fn] = name, calls[name], output.shape[-2:]
+        def hook(module, args, output): calls[name] += 1; made[output.grad_fn] = (name, calls[name]), output.shape[-2:]
         return hook
     def stop(module, args, output): reached.append(output); raise _Reached
-    with frozen(net), torch.enable_grad(), contextlib.suppress(_Reached), _hooked(*((m.register_forward_hook, see(n))
-        for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), (stage.register_forward_hook, stop)): net(x.requires_grad_().clone())
-    depths = _depths(reached[0].grad_fn, made) if reached[0].grad_fn else {}
-    found = [(depths[node], i, call) for i, (node, (*call, size)) in enumerate(made.items()) if node in depths and size == reached[0].shape[-2:]]
-    return tuple(max(found)[2]) if found else None
+    with frozen(net), torch.enable_grad(), contextlib.suppress(_Reached), _hooked(
+        *((m.register_forward_hook, see(n)) for n, m in convs), (stage.register_forward_hook, stop)):
+        net(x.requires_grad_().clone())
+    end = reached[0]
+    depths = _depths(end.grad_fn, made) if end.grad_fn else {}
+    fits = [(depths[node], i, call) for i, (node, (call, size)) in enumerate(made.items())
+        if node in depths and size == end.shape[-2:]]
+    return max(fits)[2] if fits else None
 
 # %% ../nbs/02_models.ipynb #d8d779e1
 PROBED = 64, 224, 299          # pixels: sizes of the image that finds out about a network, in this order
-RELU = 'after', 'before', 'conv'     # the final convolution of a stage (U10): its output after its last ReLU, before it, or its last convolution's
+RELU = 'after', 'before', 'conv'     # the final convolution of a stage (U10), the default first
 
 class StagedClassifier(nn.Module):
     "A CNN with named stages, global average pooling and a linear head; optionally a side head at stage 3."
@@ -187,9 +192,9 @@ class StagedClassifier(nn.Module):
         relu:str='after'     # a name in `RELU`: 'after' or 'before' the stage's last ReLU, 'conv' its last convolution
     ) -> Tensor:  # (B,K,h,w)
         "Feature maps at the end of a stage; nothing after it is computed."
-        skip = self._skip_last_relu(stage) if choose(relu, RELU, 'reading of the final convolution') == 'before' else contextlib.nullcontext()
-        end, nth = (self.net.get_submodule((c := self.last_convolution(stage))[0]), c[1]) if relu == 'conv' else (self._stage(stage), 1)
-        calls = []
+        choose(relu, RELU, 'reading of the final convolution')
+        skip = self._skip_last_relu(stage) if relu == 'before' else contextlib.nullcontext()
+        (end, nth), calls = self._conv(stage) if relu == 'conv' else (self._stage(stage), 1), []
         def stop(module, args, output):
             calls.append(1)
             if len(calls) == nth: raise _Reached(output)
@@ -201,7 +206,7 @@ class StagedClassifier(nn.Module):
     def last_convolution(self,
         stage:str  # a name in `stages`
     ) -> tuple:  # its dotted name, and which of its calls in a forward pass: 1 for the first
-        "The deepest convolution before the end of a stage, of those that give a map of its size; `InputError` if there is none."
+        "The deepest convolution before the end of a stage, with a map of its size; `InputError` if there is none."
         require(found := self._convolution(stage), f"{stage} has no nn.Conv2d before its end; relu='conv' needs one")
         return found
 
@@ -210,8 +215,9 @@ class StagedClassifier(nn.Module):
         stage:str,           # a name in `stages`
         of                   # function of feature maps (B,K,h,w)
     ) -> dict:  # reading, a name in `RELU` -> what `of` gives
-        "`of(stage_features(x, stage, relu))` for every reading, from one forward pass; from two if the stage does not end with its last ReLU."
-        (name, nth), (relu, nth_relu), found, calls = self.last_convolution(stage), self._last_relu[stage] or ('', 0), {}, Counter()
+        "`of(stage_features(x, stage, relu))` for each reading, by one forward pass if the stage ends with a ReLU."
+        (last, nth), (relu, nth_relu) = self._conv(stage), self._last_relu[stage] or ('', 0)
+        found, calls = {}, Counter()
         def conv(module, args, output):
             calls['conv'] += 1
             if calls['conv'] == nth: found['conv'] = of(output)
@@ -224,8 +230,9 @@ class StagedClassifier(nn.Module):
             if found.pop('end', None) is not output: found.pop('before', None)
             found['after'] = of(self.stage_end(stage, output)); raise _Reached
         act = self.net.get_submodule(relu)
-        with contextlib.suppress(_Reached), _hooked((self.net.get_submodule(name).register_forward_hook, conv), (act.register_forward_pre_hook, before),
-            (act.register_forward_hook, rectified), (self._stage(stage).register_forward_hook, end)): self.net(x)
+        with contextlib.suppress(_Reached), _hooked((last.register_forward_hook, conv),
+            (act.register_forward_pre_hook, before), (act.register_forward_hook, rectified),
+            (self._stage(stage).register_forward_hook, end)): self.net(x)
         return {r: found[r] if r in found else of(self.stage_features(x, stage, r)) for r in RELU}
 
     def stage_head(self,
@@ -249,8 +256,13 @@ class StagedClassifier(nn.Module):
     def _size(self): return f'{self.input_shape[1]}x{self.input_shape[2]} px'
 
     def _convolution(self, stage):
-        if stage not in self._convolutions: self._convolutions[stage] = _deepest_convolution(self.net, self._stage(stage), self.probe_image())
+        if stage not in self._convolutions:
+            self._convolutions[stage] = _deepest_convolution(self.net, self._stage(stage), self.probe_image())
         return self._convolutions[stage]
+
+    def _conv(self, stage):
+        name, nth = self.last_convolution(stage)
+        return self.net.get_submodule(name), nth
 
     def _stage(self, stage): return self.net.get_submodule(self.stages[choose(stage, self.stages, 'stage')])
 

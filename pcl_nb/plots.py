@@ -365,9 +365,10 @@ def _share_panel(ax, rows, archs, small, least):
     ax.axhline(100*small, color=RED, lw=.8, ls='--')
     worst = rows[rows.view == '90 bins'].groupby('reading').share.max()
     below = ', '.join(r for r in READINGS if r in worst and worst[r] < small)
-    ax.text(.5, .97, f'all below: {below}' if below else '', transform=ax.transAxes, ha='center', va='top', size=7, color=RED)
+    if below: ax.text(.5, .97, f'all below: {below}', transform=ax.transAxes, ha='center', va='top', size=7, color=RED)
     ax.set(yscale='log', ylim=(least, 300), yticks=[.01, .1, 1, 10, 100], yticklabels=['.01', '.1', '1', '10', '100'])
-    ax.set_xticks(range(len(archs)), [_title(a) for a in archs], rotation=30, ha='right'); ax.tick_params(length=2); ax.minorticks_off()
+    ax.set_xticks(range(len(archs)), [_title(a) for a in archs], rotation=30, ha='right')
+    ax.tick_params(length=2); ax.minorticks_off()
 
 def initialisation(
     table:pd.DataFrame,   # arch, init, statistics, reading, stage, view, share
@@ -377,15 +378,16 @@ def initialisation(
     archs, statistics = _archs(table), [s for s in _STATISTICS if s in set(table.statistics)]
     panels = list(dict.fromkeys(zip(table.stage, table.init)))
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), len(statistics), figsize=(.5*len(archs)*len(statistics) + 2, 1.5*len(panels) + .8), squeeze=False,
-            sharex=True, sharey=True)
+        fig, axes = plt.subplots(len(panels), len(statistics), squeeze=False, sharex=True, sharey=True,
+            figsize=(.5*len(archs)*len(statistics) + 2, 1.5*len(panels) + .8))
         for line, (stage, init) in zip(axes, panels):
-            for ax, s in zip(line, statistics):
-                _share_panel(ax, table[(table.stage == stage) & (table.init == init) & (table.statistics == s)], archs, small, .005)
+            rows = table[(table.stage == stage) & (table.init == init)]
+            for ax, s in zip(line, statistics): _share_panel(ax, rows[rows.statistics == s], archs, small, .005)
             line[0].set_ylabel(f"{init}\n{stage.replace('stage', 'stage ')}: % of image")
         for ax, s in zip(axes[0], statistics): ax.set_title(_STATISTICS[s])
         marks = [plt.Rectangle((0, 0), 1, 1, color=c, label=_READINGS[r]) for r, c in READINGS.items()]
-        lines = [plt.Line2D([], [], color='black', lw=.8, label='70-bin view'), plt.Line2D([], [], color=RED, lw=.8, ls='--', label=f'small: {small:.0%}')]
+        lines = [plt.Line2D([], [], color=c, lw=.8, ls=ls, label=label)
+            for c, ls, label in (('black', '-', '70-bin view'), (RED, '--', f'small: {small:.0%}'))]
         fig.legend(handles=marks + lines, loc='outside lower center', ncols=5)
     return fig
 

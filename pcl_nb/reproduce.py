@@ -152,9 +152,9 @@ def _receipt(job, needs, folder):
         for f in sorted(Path(sys.modules[InputError.__module__].__file__).parent.glob('*.py'))]
     weights = {r.key: json.loads((runs_dir()/r.key/'run.json').read_text())['sha256'] for r in needs.values()}
     told = [job.parameters.get(name, '') for name in ('scenes', 'objects')]
-    found = {d: fingerprint(d, *of) for d, of in {**{d: (224, 0, 0, 0) for d in told},            # photographs: of no size
-        **{d: (r.size, r.train, r.val, r.data_seed) for r in needs.values() for d in (r.data, *told)}}.items() if d and not is_drawn(d)}
-    data = [*found.values()]
+    sets = {**{d: (224, 0, 0, 0) for d in told},        # of an experiment without networks
+        **{d: (r.size, r.train, r.val, r.data_seed) for r in needs.values() for d in (r.data, *told)}}
+    data = [fingerprint(d, *of) for d, of in sets.items() if d and not is_drawn(d)]
     return runs_dir()/'done'/f'{digest([source, code, weights, data, job.parameters, str(Path(folder).resolve()), versions()])}.json'
 
 def _sums(job, folder):
@@ -270,7 +270,8 @@ def entries(
     return found
 
 def _title(id):
-    return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3', 'initialisation': 'Initialisation', 'choices': 'Open choices',
+    return {'table1': 'Table 1', 'evidence': 'Evidence', 'erasing': 'Appendix B', 'relu': 'Appendix D.3',
+        'initialisation': 'Initialisation', 'choices': 'Open choices',
         'claims': 'Claims'}.get(id, f'Figure {id[3:]}')
 
 def _ours(said, id):
