@@ -15,7 +15,7 @@ help:  ## this list
 figures: $(READY)  ## Figures 1 to 9 and Table 1 for ResNet18, one run of each network; ARGS="--archs resnet50" ...
 	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
 
-figures-all: $(READY)  ## every figure and table, five architectures, three runs where the paper repeats: 72 minutes on two cores
+figures-all: $(READY)  ## every figure and table, five architectures, three runs where the paper repeats: some hours on two cores
 	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.
