@@ -232,7 +232,8 @@ def test_foreign_checkpoint_is_opened(tmp_path, prefix):
     state = {prefix + k: v for k, v in net.state_dict().items()}
     for file in (state, {'state_dict': state, 'epoch': 3}, {'model': state, 'epoch': 3}):
         torch.save(file, tmp_path/'w.pt')
-        assert all(torch.equal(v, opened().net.state_dict()[k]) for k, v in net.state_dict().items())
+        found = opened().net.state_dict()
+        assert all(torch.equal(v, found[k]) for k, v in net.state_dict().items())
     if not prefix.endswith('net.'): assert opened(side=True).side_head is not None              # else a network that was saved without
     refused(lambda: opened(classes=6), 'fc.weight is (5, 128) there, (6, 128) here')
     refused(lambda: opened('resnet34'), 'missing there')
