@@ -561,7 +561,8 @@ def _prefix(state, own):
 def _fill(module, state, what):
     "Load a state dict, whatever prefix its names have; one line if it is another network's."
     own = module.state_dict()
-    state = {k.removeprefix(_prefix(state, own)[0]): v for k, v in state.items()}
+    prefix = _prefix(state, own)[0]
+    state = {k.removeprefix(prefix): v for k, v in state.items()}
     fits = {k: isinstance(v, Tensor) and k in own and v.shape == own[k].shape for k, v in state.items()}
     wrong = [k for k in state if not fits[k]] + [k for k in own if k not in state and not k.endswith('num_batches_tracked')]      # files older than the counter have none
     if wrong:
