@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'LEARNED_BASELINE', 'LEARNED_SHARE', 'CHECKS', 'AS_PUBLISHED',
            'trained', 'is_trained', 'image_cost', 'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'Pace',
-           'train_all', 'stored', 'val_images', 'random_batches', 'least_top1', 'checks', 'settle', 'recipe_of',
-           'accuracies', 'settings_of', 'provenance_of']
+           'train_all', 'stored', 'val_images', 'random_batches', 'least_top1', 'run_counts', 'seeds_of', 'checks',
+           'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, ctypes, hashlib, importlib.util, io, math, os, platform, sys, tempfile, threading, time, warnings
@@ -326,13 +326,35 @@ def least_top1(
     own = seeds.get(recipe.seed, sum(seeds.values())/len(seeds)) if seeds else least
     return max(chance, LEARNED_SHARE*own) if own >= least else math.inf
 
+# %% ../nbs/07_runs.ipynb #e1a0b001
+def run_counts(
+    given  # 3, '3', '3,resnet18:5'
+) -> dict:  # architecture, or '' for all others -> runs
+    "A check: how many runs of each network."
+    found = {}
+    for part in str(given).replace(' ', '').split(','):
+        arch, _, n = part.rpartition(':')
+        require(n.isdecimal() and 1 <= int(n) <= 100,
+            f'repeats {brief(given)} is not valid; give a number of 1 to 100, and others by architecture: 3,resnet18:5')
+        found[choose(arch, ARCHS, 'architecture') if arch else ''] = int(n)
+    return {'': 1, **found}
+
+def seeds_of(
+    P:dict,        # settled parameters: seed, repeats
+    arch:str,
+    network:str    # short name: 'scenes' is the baseline
+) -> range:
+    "The seeds of a network's runs; the baseline has twice as many."
+    n = P['repeats'].get(arch, P['repeats'][''])
+    return range(P['seed'], P['seed'] + n*(2 if network in ('scenes', 'baseline') and n > 1 else 1))
+
 # %% ../nbs/07_runs.ipynb #a6f2104a
 CHECKS = dict(
     archs=list_of(one_of(ARCHS, 'architecture')), profile=one_of(PROFILES, 'profile'), scenes=lambda name: check_data(name, trains=False),
     objects=lambda name: check_data(name, trains=False),
     images=or_profile(integer(1)), size=or_profile(integer(16, LARGEST)), epochs=or_profile(integer(1)),
     bootstrap=or_profile(integer(2, 10_000)),
-    scheme=one_of(SCHEMES, 'scheme'), init=one_of(INITS, 'initialisation'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), repeats=integer(1, 100), workers=integer(0), device=text, out=out_folder)
+    scheme=one_of(SCHEMES, 'scheme'), init=one_of(INITS, 'initialisation'), pcl=pairs, seed=integer(0), seeds=integer(1, 100), repeats=run_counts, workers=integer(0), device=text, out=out_folder)
 
 def checks(
     names:str  # of common parameters, separated by blanks

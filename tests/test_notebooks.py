@@ -16,7 +16,7 @@ from conftest import NBS, ROOT, code_cells, contents, tagged
 CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb'))
 EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.name != 'index.ipynb')
 EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '08_focus_area', '09_erf',
-    '10_plots', '11_claims', '12_reproduce', '13_explore'}
+    '12_plots', '13_claims', '14_reproduce', '15_explore'}
 
 
 def each(notebooks):
