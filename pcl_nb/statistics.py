@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'POOLABLE', 'SIGNS', 'ALPHA', 'POWER', 'CANDIDATES', 'Estimate', 'Deviation', 'run_deviation', 'contrast',
-           'over_architectures', 'p_values', 'decide', 'power', 'runs_to_decide']
+           'over_architectures', 'p_values', 'decide', 'power', 'runs_to_decide', 'spread_tail', 'spread_interval',
+           'draws', 'relative', 'share_interval', 'rank_interval', 'rank_correlation']
 
 # %% ../nbs/11_statistics.ipynb #e1a11002
 import math
@@ -140,3 +141,97 @@ def runs_to_decide(
     "The smallest number of runs with which the rule decides with probability `POWER`."
     def enough(n): return power(means, weights, signs, margins, s, np.where(doubled, 2*n, n), images) >= POWER
     return next((n for n in CANDIDATES if enough(n)), None)
+
+# %% ../nbs/11_statistics.ipynb #e1a11028
+def spread_tail(ratio, a, b, true):
+    "Probability of a deviation / difference above the measured `ratio`, where the true one is `true`."
+    k, df = 1/a + 1/b, a + b - 2
+    if true*true*k < 1e-8: return special.chdtrc(df, df*(ratio/true)**2)    # the difference is certain: chi-squared
+    return np.nan_to_num(special.ncfdtr(1, df, 1/(true*true*k), 1/(ratio*ratio*k)))         # NaN where it underflows: 0
+
+def spread_interval(
+    s:float,           # deviation of a run, of two kinds pooled
+    d:float,           # difference of their means
+    a:int, b:int,      # runs of each kind
+    level:float=.95
+) -> tuple:  # s/|d|, low, high
+    "Exact interval of deviation / difference, by the noncentral F distribution; both ends may be infinite."
+    if not s or not d: return (0., 0., 0.) if d else (math.inf, math.inf, math.inf) if s else (math.nan, 0., math.inf)
+    ratio = s/abs(d)
+    def end(q):
+        "The true ratio at which a larger one than the measured has the probability q, which grows with it."
+        def excess(log): return spread_tail(ratio, a, b, math.exp(log)) - q
+        low, high = math.log(ratio) - 6, math.log(ratio) + 12
+        return math.inf if excess(high) < 0 else math.exp(optimize.brentq(excess, low, high, xtol=1e-9))
+    return ratio, end((1 - level)/2), end((1 + level)/2)
+
+# %% ../nbs/11_statistics.ipynb #e1a11032
+def draws(
+    n:int,           # images
+    replicates:int,
+    seed:int=0
+) -> np.ndarray:  # (R,n) how often each image is drawn
+    "The bootstrap's draws; the same for every pair of networks."
+    g = np.random.default_rng(seed)
+    return np.stack([np.bincount(g.integers(n, size=n), minlength=n) for _ in range(replicates)]).astype(float)
+
+def relative(
+    a:np.ndarray,            # (N,) a quantity of each image under one network, NaN where it is undefined
+    b:np.ndarray,            # (N,) the same under the other
+    replicates:np.ndarray    # (R,N) of `draws`
+) -> dict:  # difference, low, high, images
+    "Difference of two means relative to the second, with its 95 % interval over images."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    require(a.shape == b.shape and a.size, f'{a.shape} and {b.shape} values are not of the same images')
+    seen = ~np.isnan(a + b)                                          # an undefined coverage ratio pairs with nothing
+    a, b, replicates = a[seen], b[seen], replicates[:, seen]
+    if not a.size or not b.sum(): return dict(difference=float('nan'), low=-math.inf, high=math.inf, images=len(a))
+    low, high = np.quantile((replicates @ a)/np.maximum(replicates @ b, 1e-12) - 1, [.025, .975])
+    return dict(difference=a.mean()/b.mean() - 1, low=low, high=high, images=len(a))
+
+# %% ../nbs/11_statistics.ipynb #e1a11034
+def share_interval(
+    k:int,   # images of a kind
+    n:int,   # images
+    level:float=LEVEL
+) -> tuple:  # share, low, high
+    "Exact interval of a share."
+    require(0 <= k <= n and n, f'{k} of {n} is not a share')
+    found = stats.binomtest(k, n).proportion_ci(level)
+    return k/n, float(found.low), float(found.high)
+
+# %% ../nbs/11_statistics.ipynb #e1a11037
+def _relatives(ranks, families):
+    "Intraclass correlation of ranks within families, 0 or more."
+    t = pd.Series(ranks).groupby(np.asarray(families))
+    n, k, sizes = len(ranks), t.ngroups, t.size()
+    within = t.transform(lambda v: v - v.mean()).pow(2).sum()/max(n - k, 1)
+    between = (sizes*(t.mean() - np.mean(ranks))**2).sum()/(k - 1)
+    m = (n - (sizes**2).sum()/n)/(k - 1)
+    return max((between - within)/(between + (m - 1)*within), 0) if n > k else 0
+
+def rank_interval(
+    rho:float,    # Spearman's
+    n:int,        # networks
+    count:float   # as how many independent ones they count: n'
+) -> tuple:  # low, high
+    "95 % interval of a rank correlation; a perfect one is taken half a swap of neighbours from 1."
+    if not (math.isfinite(rho) and count > 3): return -1., 1.
+    top = 1 - 6/(n*(n*n - 1))
+    z, half = math.atanh(min(max(rho, -top), top)), stats.norm.ppf(.975)*((1 + rho**2/2)/(count - 3))**.5
+    return math.tanh(z - half), math.tanh(z + half)
+
+# %% ../nbs/11_statistics.ipynb #e1a11038
+def rank_correlation(
+    x, y,        # a number a network
+    families     # its architecture
+) -> dict:  # spearman, low, high, networks, count (as how many independent ones they count)
+    "Spearman's rank correlation over networks, with its 95 % interval."
+    n, k = len(x), len(set(families))
+    if n < 3 or min(len(set(x)), len(set(y))) < 2:
+        return dict(spearman=math.nan, low=-1., high=1., networks=n, count=0.)
+    ranks = [stats.rankdata(v) for v in (x, y)]
+    rho, m = float(np.corrcoef(*ranks)[0, 1]), n/k
+    count = n/(1 + (m - 1)*math.prod(_relatives(r, families) for r in ranks)) if k > 1 else 1.
+    low, high = rank_interval(rho, n, count)
+    return dict(spearman=rho, low=low, high=high, networks=n, count=count)
