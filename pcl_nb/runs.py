@@ -6,7 +6,8 @@
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'LEARNED_BASELINE', 'LEARNED_SHARE', 'CHECKS', 'AS_PUBLISHED',
            'trained', 'is_trained', 'image_cost', 'cost', 'RunsFailed', 'title', 'check_engine', 'pool', 'Pace',
            'train_all', 'stored', 'val_images', 'random_batches', 'least_top1', 'run_counts', 'seeds_of', 'checks',
-           'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of']
+           'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of', 'settings_text_of', 'data_name',
+           'row_of', 'accuracy_rows']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, ctypes, hashlib, importlib.util, io, math, os, platform, sys, tempfile, threading, time, warnings
@@ -450,3 +451,43 @@ def provenance_of(
     names = {k: k if isinstance(k, str) else ' '.join(map(str, k)).strip() for k in recipes}
     return dict(settings=settings, parameters={k: v for k, v in P.items() if k not in drop},
         runs={names[k]: r.key for k, r in recipes.items()})
+
+# %% ../nbs/07_runs.ipynb #e1b0c001
+def settings_text_of(
+    P:dict,        # settled parameters
+    defaults={},   # parameters of measuring -> default: `erf.DEFAULTS`
+    **changes      # what is set apart from the parameters, before them
+) -> str:  # 'images_from=own;pcl.tau=0.6'; '' for the defaults
+    "The settings that differ from the defaults of training and measuring, as in the column `settings`."
+    profile = PROFILES[P['profile']]
+    known = dict(epochs=profile.epochs, size=profile.size, images=profile.images, init=INITS[0], **defaults)
+    given = {k: v for k, v in {**P, **changes}.items() if k != 'pcl' and (k in known or k in changes)}
+    given.update({f'pcl.{k}': v for k, v in {**P.get('pcl', {}), **changes.get('pcl', {})}.items()})
+    if given.get('epochs') == -1: del given['epochs']
+    return ';'.join(f'{k}={v}' for k, v in sorted(given.items()) if v != known.get(k))
+
+# %% ../nbs/07_runs.ipynb #e1b0c003
+def data_name(
+    data:str  # name of a data set
+) -> str:  # as in the table of measurements: a folder's last part
+    "A data set in a word, the same on every machine."
+    return data.rstrip('/').split('/')[-1].split(':')[-1]
+
+def row_of(
+    recipe:Recipe,     # of the run
+    network:str,       # short name
+    settings:str='',   # as of `settings_text_of`
+    learned=True       # the network has
+) -> dict:  # without quantity, value and images
+    "The columns of a measurement that say whose it is."
+    return dict(arch=recipe.arch, network=network, scheme=recipe.scheme, data=data_name(recipe.data), seed=recipe.seed, settings=settings,
+        low=math.nan, high=math.nan, learned=bool(learned), run=recipe.key)
+
+def accuracy_rows(
+    recipes:dict,             # (arch, network, seed) -> recipe
+    accuracy:pd.DataFrame,    # of `accuracies`: the same runs in the same order
+    settings:str=''
+) -> list:  # dicts, a measurement a run
+    "The accuracy of each run, as rows of the table of measurements."
+    return [dict(row_of(r, n, settings, a.learned), quantity='top1', value=a.top1, images=len(load(r.data, 'val', r.size, r.val, r.data_seed)))
+        for ((_, n, _), r), a in zip(recipes.items(), accuracy.itertuples())]
