@@ -313,6 +313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                    'pcl_nb.focus_area.distribution': ('focus_area.html#distribution', 'pcl_nb/focus_area.py'),
                                    'pcl_nb.focus_area.energy_mask': ('focus_area.html#energy_mask', 'pcl_nb/focus_area.py'),
                                    'pcl_nb.focus_area.focus_area': ('focus_area.html#focus_area', 'pcl_nb/focus_area.py'),
+                                   'pcl_nb.focus_area.measured': ('focus_area.html#measured', 'pcl_nb/focus_area.py'),
+                                   'pcl_nb.focus_area.most_changed': ('focus_area.html#most_changed', 'pcl_nb/focus_area.py'),
                                    'pcl_nb.focus_area.region': ('focus_area.html#region', 'pcl_nb/focus_area.py'),
                                    'pcl_nb.focus_area.stored_coverage': ('focus_area.html#stored_coverage', 'pcl_nb/focus_area.py'),
                                    'pcl_nb.focus_area.sufficient_mask': ('focus_area.html#sufficient_mask', 'pcl_nb/focus_area.py'),

@@ -195,12 +195,11 @@ def change_text(
     estimate:float,         # .25: 25 % more; of shares: points
     low:float=float('nan'), # interval; NaN or infinite: there is none
     high:float=float('nan'),
-    scale:str='ratio'       # 'ratio' or 'points'
+    scale:str='ratio',      # 'ratio' or 'points'
+    digits:int=0            # after the point
 ) -> str:
     "A change in words: `+25 % [+10, +42]`."
-    unit = ' %' if scale == 'ratio' else ' points'
-    digits = 0 if scale == 'ratio' else 1
-    text = f'{100*estimate:+.{digits}f}{unit}'
+    text = f"{100*estimate:+.{digits}f} {'%' if scale == 'ratio' else 'points'}"
     return text + (f' [{100*low:+.{digits}f}, {100*high:+.{digits}f}]' if np.isfinite([low, high]).all() else '')
 
 # %% ../nbs/12_plots.ipynb #e2a00004
