@@ -461,28 +461,53 @@ def effects(
     return fig
 
 # %% ../nbs/12_plots.ipynb #9af54365
+_PALE = {'supported': '#cfe8d5', 'contradicted': '#f3cfcf', 'undecided': '#ececec'}
+
+def _estimate(r):
+    "A change in words."
+    if not np.isfinite(r.estimate): return ''
+    return f'{100*r.estimate:+.1f} points' if r.scale == 'points' else f'{100*r.estimate:+.0f} %' if r.scale == 'ratio' else f'{r.estimate:.2g}'
+
+def _choice_rows(ax, rows, y, columns, right):
+    "One choice from line `y` on: a line an alternative."
+    for k, (label, mine) in enumerate(rows.groupby('alternative', sort=False)):
+        if k == 0: ax.text(0, y + .5, f'{mine.choice.iloc[0]}  {mine.about.iloc[0]}', weight='bold', va='center')
+        ax.text(2.05, y + k + .5, label, va='center', weight='bold' if k == 0 else 'normal')
+        for r in mine.itertuples():
+            x = columns[r.claim]
+            ax.add_patch(plt.Rectangle((x + .02, y + k + .08), .98, .84, fc=_PALE.get(r.verdict, '#f6f6f6'), ec='none' if r.survives else 'black', lw=.8))
+            ax.text(x + .51, y + k + .5, f'{r.verdict or r.arrow} {_estimate(r)}'.strip(), ha='center', va='center', size=6)
+        if np.isfinite(mine.top1.iloc[0]): ax.text(right + .35, y + k + .5, f'{100*mine.top1.iloc[0]:.1f} %', ha='center', va='center')
+    ax.axhline(y, color=GREY, lw=.3)
+    return y + k + 1
+
+def _choice_blocks(table, most=4):
+    "Groups of choices that share columns: claims, and names of the choices."
+    blocks = []
+    for choice, rows in table.groupby('choice', sort=False):
+        mine = set(rows.claim)
+        block = next((b for b in blocks if len(b[0] | mine) <= most), None)
+        if block: block[0].update(mine); block[1].append(choice)
+        else: blocks.append((mine, [choice]))
+    return blocks
+
 def open_choices(
-    table:pd.DataFrame   # choice, about, alternative, claim, compared, difference, low, high, verdict
-) -> Figure:
-    "A panel a comparison, a row an alternative."
-    panels = list(dict.fromkeys(zip(table.claim, table.compared)))
-    heights = [sum((table.claim == c) & (table.compared == w)) for c, w in panels]
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), 1, figsize=(6.4, .17*sum(heights) + .62*len(panels)), squeeze=False,
-            height_ratios=[h + 1.5 for h in heights])
-        for ax, (claim, compared) in zip(axes[:, 0], panels):
-            rows = table[(table.claim == claim) & (table.compared == compared)].reset_index(drop=True)
-            first = ~rows.choice.duplicated()
-            for y, r in enumerate(rows.itertuples()):
-                colour = VERDICTS[r.verdict] if r.verdict != 'inconclusive' else GREY
-                ends = [v if np.isfinite(v) else r.difference for v in (r.low, r.high)]
-                ax.plot(ends, [y, y], color=colour, lw=1.2); ax.plot(r.difference, y, 'o', color=colour, ms=3.5)
-            ax.axvline(0, color=GREY, lw=.7, ls='--'); ax.set_ylim(len(rows) - .4, -.6)
-            ax.set_yticks(range(len(rows)), [f'{r.choice} {r.about}: {r.alternative}' for r in rows.itertuples()], size=6.5)
-            for label, bold in zip(ax.get_yticklabels(), first): label.set_fontweight('bold' if bold else 'normal')
-            ax.set_title(f'{claim}: {compared}', loc='left')
-            ax.tick_params(length=2)
-            ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
+    table:pd.DataFrame   # choice, about, alternative, claim, says, estimate, scale, verdict, arrow, survives, top1
+) -> Figure:  # at most 8 x 11 inches
+    "What each alternative of each open choice does to the verdicts."
+    blocks = _choice_blocks(table)
+    lines = table.groupby(['choice', 'alternative']).ngroups + 2*len(blocks)
+    right = 3.5 + max(len(claims) for claims, _ in blocks)
+    with plt.rc_context(dict(_STYLE, **{'font.size': 6.5})):
+        fig, ax = plt.subplots(figsize=(right + .8, min(.19*lines + .1, 10.5)))
+        ax.set(xlim=(0, right + .75), ylim=(lines, 0)); ax.axis('off'); y = 0
+        for claims, choices in blocks:
+            columns = {c: 3.5 + i for i, c in enumerate(_claim_order(claims))}
+            for c, x in columns.items(): ax.text(x + .5, y + 1, c, ha='center', va='center', weight='bold', size=8)
+            ax.text(right + .35, y + 1, 'top-1', ha='center', va='center', weight='bold', size=8)
+            y += 1.6
+            for choice in choices: y = _choice_rows(ax, table[table.choice == choice], y, columns, right)
+            y += .4
     return fig
 
 # %% ../nbs/12_plots.ipynb #1a7e0102
