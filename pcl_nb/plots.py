@@ -311,15 +311,15 @@ def activity_against_erf(
     return fig
 
 def accuracy_against_focus(
-    table:pd.DataFrame   # method, top1, top1_std, coverage, coverage_std
+    table:pd.DataFrame   # method, top1, top1_std, focus, focus_std
 ) -> Figure:
     "Appendix B: accuracy against focus area, a point a method; bars are standard deviations over runs."
     with plt.rc_context(_STYLE):
         fig, ax = plt.subplots(figsize=(4.2, 2.8))
         colours = GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968'
         for i, r in enumerate(table.itertuples()):
-            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.coverage_std)]
-            ax.errorbar(r.coverage, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
+            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.focus_std)]
+            ax.errorbar(r.focus, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
                 color=colours[i % len(colours)], ms=5, mew=0, elinewidth=.8,
                 capsize=1.5, label=r.method)
         ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
