@@ -7,7 +7,8 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6
            'FIG3', 'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'READINGS', 'SEEN', 'impact_maps', 'histograms_by_data',
            'histograms_by_method', 'histograms_by_loss', 'histograms_s4', 'focus_by_scheme', 'focus_by_network',
            'evidence_by_rule', 'image_groups', 'activity_against_erf', 'accuracy_against_focus', 'speed_ratios',
-           'verdict_matrix', 'open_choices', 'initialisation', 'impact_lines', 'impact_panel', 'explored']
+           'verdict_matrix', 'open_choices', 'initialisation', 'impact_lines', 'impact_panel', 'explored',
+           'null_calibration']
 
 # %% ../nbs/12_plots.ipynb #e2e24812
 import matplotlib.pyplot as plt
@@ -434,4 +435,17 @@ def explored(
                 for y, label in enumerate(labels): ax.text(.02, y, str(label).replace('_', ' '), va='center', size=7)
                 ax.set(xlim=(0, 1), yticks=[]); ax.invert_yaxis(); ax.tick_params(length=2)
                 if i == 0: ax.set_title(f'{name} erasing')
+    return fig
+
+# %% ../nbs/12_plots.ipynb #e1a17001
+def null_calibration(
+    table:pd.DataFrame  # rule, share
+) -> Figure:
+    "How often each rule decides where there is nothing to find."
+    with plt.rc_context(_STYLE):
+        fig, ax = plt.subplots(figsize=(4.5, .17*len(table) + .7))
+        ax.barh(table.rule, 100*table.share, color=[ORANGE if r.startswith('one run') else BLUE for r in table.rule], height=.65)
+        for x, style in ((5, ':'), (7, '--')): ax.axvline(x, color=GREY, lw=.8, ls=style)
+        for i, share in enumerate(table.share): ax.text(100*share + .6, i, f'{100*share:.1f}', va='center', fontsize=6)
+        ax.set(xlabel='false decisions, % of splits (dotted: 5, dashed: 7)', ylim=(len(table) - .4, -.6), xlim=(0, 105*max(table.share.max(), .1)))
     return fig

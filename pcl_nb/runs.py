@@ -6,7 +6,8 @@
 __all__ = ['MEMORY', 'ENGINES', 'WAIT', 'LIVES', 'LEARNED', 'LEARNED_BASELINE', 'LEARNED_SHARE', 'CHECKS', 'OBJECT_EPOCHS',
            'AS_PUBLISHED', 'trained', 'is_trained', 'image_cost', 'cost', 'RunsFailed', 'title', 'check_engine', 'pool',
            'Pace', 'train_all', 'stored', 'val_images', 'random_batches', 'least_top1', 'run_counts', 'seeds_of',
-           'checks', 'settle', 'recipe_of', 'settings_text_of', 'data_name', 'row_of', 'accuracy_rows']
+           'checks', 'settle', 'recipe_of', 'accuracies', 'settings_of', 'provenance_of', 'settings_text_of',
+           'data_name', 'row_of', 'accuracy_rows']
 
 # %% ../nbs/07_runs.ipynb #86da9d77
 import contextlib, ctypes, hashlib, importlib.util, io, math, os, platform, sys, tempfile, threading, time, warnings
@@ -408,6 +409,50 @@ def recipe_of(
     if 'epochs' in changes: return r
     epochs = P['epochs']*SCHEMES[scheme].epochs//SCHEMES['simple'].epochs if P.get('epochs', -1) != -1 else r.epochs
     return replace(r, epochs=epochs*(OBJECT_EPOCHS.get(P['profile'], 1) if network == 'objects' else 1))
+
+def accuracies(
+    recipes:dict,      # key -> recipe; a tuple as key gives several columns
+    columns,           # names of the key's parts
+    workers:int=0,
+    device=None,
+    profile:str=''     # whose least top-1 holds
+) -> pd.DataFrame:  # a row a run: the key, data, epochs, top1, top5, learned, train_seconds
+    "Train what is missing; accuracies on each run's validation images. Prints which networks have not learned."
+    train_all(recipes.values(), workers, device)
+    def numbers(f): return *(f.metrics[f'val_{k}'].iloc[-1] for k in ('top1', 'top5')), len(f.classes), round(f.seconds)
+    found = {key: numbers(trained(r, device, progress=False)) for key, r in recipes.items()}
+    known, rows, poor = [(r, found[key][0]) for key, r in recipes.items()], [], []
+    for key, r in recipes.items():
+        top1, top5, classes, seconds = found[key]
+        least = least_top1(r, classes, known, profile) if r.epochs else 0.
+        rows.append(dict(zip(columns, key), data=r.data.split('/')[-1], epochs=r.epochs, top1=top1, top5=top5,
+            learned=bool(top1 >= least), train_seconds=seconds))
+        need = f'of {least:.3f}' if least < math.inf else 'its baseline has not learned'
+        if top1 < least: poor.append(f"{' '.join(map(str, key))} {top1:.3f} ({need})")
+    if poor: print(f"no verdict rests on these, whose top-1 is too low (more epochs: -p epochs N): {', '.join(poor)}")
+    return pd.DataFrame(rows)
+
+def settings_of(
+    P:dict,        # settled parameters
+    sizes,         # of the profile
+    leave_out=''   # names of further parameters that change no number
+) -> dict:
+    "What a result depends on: its parameters, and its data by their content."
+    drop = ('workers', 'device', 'out', 'scenes', 'objects', *leave_out.split())
+    return {**{k: v for k, v in P.items() if k not in drop},
+        'data': {n: fingerprint(P[n], P['size'], sizes.train, sizes.val) for n in ('scenes', 'objects') if n in P}}
+
+def provenance_of(
+    P:dict,        # settled parameters
+    settings:dict, # of `settings_of`
+    recipes:dict,  # name, or a tuple of parts of it -> recipe
+    leave_out=''   # names of parameters to keep silent about
+) -> dict:  # settings, parameters, runs: for `core.save_result`
+    "What it takes to get a result again."
+    drop = ('out', 'workers', *leave_out.split())
+    names = {k: k if isinstance(k, str) else ' '.join(map(str, k)).strip() for k in recipes}
+    return dict(settings=settings, parameters={k: v for k, v in P.items() if k not in drop},
+        runs={names[k]: r.key for k, r in recipes.items()})
 
 # %% ../nbs/07_runs.ipynb #e1b0c001
 def settings_text_of(
