@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'ALIKE', 'POINTS', 'CEILING', 'RESNETS', 'ENLARGED_BY_S4', 'NORMALISED', 'WEIGHTS', 'TRUTH', 'CLAIMS',
            'UNLEARNED', 'FRAME', 'MOST', 'CONSISTENT', 'CHANGE', 'Part', 'versus', 'Claim', 'parts_of', 'Runs',
            'Compared', 'compare', 'shown', 'size_interval', 'network_means', 'pcl_changes', 'network_correlations',
-           'chosen', 'judge', 'in_order', 'comparisons', 'false_decisions', 'to_read', 'scheme_distances',
+           'chosen', 'judge', 'in_order', 'comparisons', 'false_decisions', 'against', 'to_read', 'scheme_distances',
            'image_kinds']
 
 # %% ../nbs/13_claims.ipynb #e1a13002
@@ -426,6 +426,25 @@ def false_decisions(
 ) -> float:
     "How many decisions of the table would be false if no difference were true: .05 of the judged cells."
     return float((verdicts.verdict != '').sum()*(1 - LEVEL))
+
+# %% ../nbs/13_claims.ipynb #e2a50002
+def against(
+    measurements:pd.DataFrame,   # of one kind of settings
+    quantity:str,
+    networks,                    # names
+    base:str='scenes'            # what they are compared with
+) -> pd.DataFrame:  # arch, a, b, quantity, scale, estimate, low, high, runs_a, runs_b
+    "Networks against one of them, with intervals over runs where there are two or more of each."
+    runs, rows = Runs(measurements.assign(settings='', learned=True), quantity), []
+    learned = measurements.groupby(['arch', 'network']).learned.all()
+    for a in (a for a in ARCHS if a in set(measurements.arch)):
+        for n in networks:
+            c = compare(runs, versus(n, base, quantity), a)
+            if c.estimate is None: continue
+            found = dict(zip(('estimate', 'low', 'high'), shown(c.estimate, c.part.scale)))
+            if not (learned[a, n] and learned[a, base]): found.update(low=math.nan, high=math.nan)
+            rows.append(dict(arch=a, a=n, b=base, quantity=quantity, scale=c.part.scale, **found, runs_a=c.runs[0], runs_b=c.runs[1]))
+    return pd.DataFrame(rows, columns='arch a b quantity scale estimate low high runs_a runs_b'.split())
 
 # %% ../nbs/13_claims.ipynb #e1a13035
 def to_read(

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6', 'FIG7', 'FIG8', 'BOX8', 'FIG9', 'FIG1', 'FIG2',
-           'FIG3', 'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'READINGS', 'SEEN', 'impact_maps', 'histograms_by_data',
-           'histograms_by_method', 'histograms_by_loss', 'histograms_s4', 'focus_by_scheme', 'focus_by_network',
-           'evidence_by_rule', 'image_groups', 'activity_against_erf', 'accuracy_against_focus', 'speed_ratios',
-           'verdict_matrix', 'open_choices', 'initialisation', 'impact_lines', 'impact_panel', 'explored',
-           'null_calibration']
+           'FIG3', 'EVIDENCE', 'ACTIVITY', 'VERDICTS', 'ARROWS', 'READINGS', 'SEEN', 'impact_maps',
+           'histograms_by_data', 'histograms_by_method', 'histograms_by_loss', 'histograms_s4', 'focus_by_scheme',
+           'change_text', 'focus_by_network', 'evidence_by_rule', 'image_groups', 'activity_against_erf',
+           'accuracy_against_focus', 'speed_ratios', 'verdict_matrix', 'effects', 'open_choices', 'initialisation',
+           'impact_lines', 'impact_panel', 'explored', 'null_calibration']
 
 # %% ../nbs/12_plots.ipynb #e2e24812
+from textwrap import wrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .models import ARCHS, TITLES
 
@@ -151,50 +154,81 @@ FIG1 = {'simple': ORANGE, 'complex': BLUE}
 FIG2 = {'scenes': BLUE, 'pcl': ORANGE}
 FIG3 = FIG8
 
-def _share(ax, rows, colour, label, style='-'):
-    "Mean line over seeds, with bars of their standard deviation."
+def _share(ax, rows, colour, label, style='-', aside=None):
+    "Mean over runs with their standard deviation: a band, or bars on a line moved `aside`."
     bins = rows.bin.max() + 1
-    by = rows.groupby('bin').share
-    x = (np.arange(bins) + .5)/bins
-    ax.plot(x, 100*by.mean(), color=colour, lw=1.2, ls=style, label=label)
-    if rows.seed.nunique() > 1: ax.errorbar(x, 100*by.mean(), 100*by.std(), color=colour, lw=0, elinewidth=.7, capsize=1.2)
-    ax.set(xlim=(0, 1), xticks=[0, .25, .5, .75, 1], xticklabels=['0', '.25', '.5', '.75', '1']); ax.tick_params(length=2)
+    by = 100*rows.groupby('bin').share.agg(['mean', 'std'])
+    x = (np.arange(bins) + .5)/bins + (aside or 0)
+    ax.plot(x, by['mean'], color=colour, lw=1.2, ls=style, label=label)
+    if rows.seed.nunique() < 2: return
+    if aside is None: ax.fill_between(x, by['mean'] - by['std'], by['mean'] + by['std'], color=colour, alpha=.2, lw=0)
+    else: ax.errorbar(x, by['mean'], by['std'], color=colour, lw=0, elinewidth=.7, capsize=1.2)
 
+def _share_axes(axes, fig):
+    "Axes of distributions, and one legend for all."
+    for ax in axes:
+        ax.set(xlabel='coverage ratio', xlim=(0, 1), xticks=[0, .25, .5, .75, 1], xticklabels=['0', '.25', '.5', '.75', '1'])
+        ax.tick_params(length=2)
+    axes[0].set_ylabel('images (%)'); axes[0].set_ylim(bottom=0)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+
+# %% ../nbs/12_plots.ipynb #e2a00001
 def focus_by_scheme(
     table:pd.DataFrame    # scheme, seed, data ('scenes' or 'objects'), bin, share
 ) -> Figure:
     "Figure 1: simple and complex training scheme; both validation sets, scenes, objects."
     panels = {'(a) both validation sets': ('scenes', 'objects'), '(b) scenes': ('scenes',), '(c) objects': ('objects',)}
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(7.6, 2.1), sharex=True)
+        fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.3), sharex=True, sharey=True)
         for ax, (title, sets) in zip(axes, panels.items()):
-            for scheme, colour in FIG1.items():
-                for data in sets:
-                    rows = table[(table.scheme == scheme) & (table.data == data)]
-                    if len(rows): _share(ax, rows, colour, f'{scheme}, {data}', '--' if data == 'objects' else '-')
-            ax.set(title=title, xlabel='coverage ratio'); ax.set_ylim(bottom=0)
-        axes[0].set_ylabel('images (%)')
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc='outside right upper')
+            kinds = [(s, d) for d in sets for s in FIG1]
+            for i, (scheme, data) in enumerate(kinds):
+                rows = table[(table.scheme == scheme) & (table.data == data)]
+                aside = .03*((i + .5)/len(kinds) - .5)          # within .6 of a bin of .05
+                if len(rows): _share(ax, rows, FIG1[scheme], f'{scheme}, {data}', '--' if data == 'objects' else '-', aside)
+            ax.set_title(title)
+        _share_axes(axes, fig)
     return fig
 
+# %% ../nbs/12_plots.ipynb #e2a00002
+def change_text(
+    estimate:float,         # .25: 25 % more; of shares: points
+    low:float=float('nan'), # interval; NaN or infinite: there is none
+    high:float=float('nan'),
+    scale:str='ratio',      # 'ratio' or 'points'
+    digits:int=0            # after the point
+) -> str:
+    "A change in words: `+25 % [+10, +42]`."
+    text = f"{100*estimate:+.{digits}f} {'%' if scale == 'ratio' else 'points'}"
+    return text + (f' [{100*low:+.{digits}f}, {100*high:+.{digits}f}]' if np.isfinite([low, high]).all() else '')
+
+# %% ../nbs/12_plots.ipynb #e2a00004
+def _shift_lines(ax, shifts, colours):
+    "The change of the mean against the baseline, a line a network, in the upper right corner."
+    if not len(shifts): return
+    lines = [('change of the mean', GREY)] + [
+        ((f'{NETWORKS[r.a]} ' if len(shifts) > 1 else '') + change_text(r.estimate, r.low, r.high), colours[r.a]) for r in shifts.itertuples()]
+    ax.set_ylim(top=max(ax.get_ylim()[1], ax.dataLim.ymax*(1.05 + .09*len(lines))))           # room above the lines
+    for i, (text, colour) in enumerate(lines):
+        ax.annotate(text, (1, 1), (0, -1 - 8*i), 'axes fraction', 'offset points', ha='right', va='top', size=6.5, color=colour)
+
 def focus_by_network(
-    table:pd.DataFrame,   # arch, network, seed, bin, share
-    colours:dict          # network -> colour: FIG2 or FIG3
+    table:pd.DataFrame,        # arch, network, seed, bin, share
+    colours:dict,              # network -> colour: FIG2 or FIG3
+    shifts:pd.DataFrame=None   # arch, a (network), estimate, low, high: change of the mean against the baseline
 ) -> Figure:
     "Figures 2 and 3: distributions of several networks, a column an architecture."
     archs = _archs(table)
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, len(archs), figsize=(1.9*len(archs) + 1.3, 2.0), squeeze=False)
+        fig, axes = plt.subplots(1, len(archs), figsize=(1.9*len(archs) + 1.3, 2.2), squeeze=False, sharey=True)
         for ax, arch in zip(axes[0], archs):
             for network, colour in colours.items():
                 rows = table[(table.arch == arch) & (table.network == network)]
                 if len(rows):
                     _share(ax, rows, colour, 'baseline' if network == 'scenes' else NETWORKS[network], '--' if colour == GREY else '-')
-            ax.set(title=_title(arch), xlabel='coverage ratio'); ax.set_ylim(bottom=0)
-        axes[0, 0].set_ylabel('images (%)')
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc='outside right upper')
+            if shifts is not None: _shift_lines(ax, shifts[shifts.arch == arch], colours)
+            ax.set_title(_title(arch))
+        _share_axes(axes[0], fig)
     return fig
 
 # %% ../nbs/12_plots.ipynb #a2840c38
@@ -224,26 +258,33 @@ def evidence_by_rule(
     return fig
 
 # %% ../nbs/12_plots.ipynb #bb298a42
+def _image_group(axes, g):
+    "The three pictures of a group with their captions."
+    columns = (('image', g['truth'], 'black', g.get('note', '')),
+        ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"), ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))
+    for ax, (name, text, colour, below) in zip(axes, columns):
+        ax.imshow(g[name], interpolation='nearest')
+        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        ax.set_xlabel(below, labelpad=2)
+        ax.set_title('\n'.join(wrap(str(text).replace('_', ' '), 20)), color=colour, size=8, pad=3)
+
 def image_groups(
     groups:list   # dicts: image, baseline, pcl: (H,W,3) in [0,1]; truth, baseline_says, pcl_says: texts; cr_baseline, cr_pcl; row
 ) -> Figure:
-    "Figure 4: two groups a row."
+    "Figure 4: several groups a row."
     rows = list(dict.fromkeys(g['row'] for g in groups))
-    per_row = max(sum(g['row'] == r for g in groups) for r in rows)
-    with plt.rc_context(_STYLE):
-        fig = plt.figure(figsize=(4.3*per_row, 1.95*len(rows) + .1))
-        outer = fig.add_gridspec(len(rows), per_row, wspace=.08)
+    across = max(sum(g['row'] == r for g in groups) for r in rows)
+    side, gap, over, left = 1.2, .25, .55, .3                      # inches
+    width, height = left + across*(3*side + gap), len(rows)*(side + over)
+    with plt.rc_context({**_STYLE, 'figure.constrained_layout.use': False}):
+        fig = plt.figure(figsize=(width, height))
         for i, row in enumerate(rows):
+            y = height - (i + 1)*(side + over) + .2
+            fig.text(.12/width, (y + side/2)/height, '\n'.join(wrap(row, 20)), rotation=90, ha='center', va='center')
             for j, g in enumerate(x for x in groups if x['row'] == row):
-                inner = outer[i, j].subgridspec(1, 3)
-                columns = (('image', g['truth'], 'black', g.get('note', '')),
-                    ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"),
-                    ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))
-                for k, (name, text, colour, below) in enumerate(columns):
-                    ax = fig.add_subplot(inner[k])
-                    ax.imshow(g[name], interpolation='nearest'); ax.set(xticks=[], yticks=[], xlabel=below)
-                    ax.set_title(str(text).replace('_', ' '), color=colour, size=8); ax.spines[:].set_visible(False)
-                    if k == 0 and j == 0: ax.set_ylabel(row)
+                x = left + j*(3*side + gap)
+                _image_group([fig.add_axes([(x + k*side + .03)/width, y/height, (side - .06)/width, (side - .06)/height])
+                    for k in range(3)], g)
     return fig
 
 # %% ../nbs/12_plots.ipynb #2ccb67fb
@@ -305,24 +346,86 @@ def speed_ratios(
     return fig
 
 # %% ../nbs/12_plots.ipynb #d29b98e1
-VERDICTS = {'supported': GREEN, 'contradicted': RED, 'inconclusive': '#d9d9d9'}
+VERDICTS = {'supported': GREEN, 'contradicted': RED, 'undecided': '#d9d9d9'}
+ARROWS = '↑↓'       # one run of each network: the direction alone
+
+def _claim_order(claims): return sorted(set(claims), key=lambda c: int(c[1:]))
 
 def verdict_matrix(
-    table:pd.DataFrame   # arch, claim, verdict; arch 'all': of all together
+    table:pd.DataFrame   # arch, claim, says, verdict, arrow; arch 'all': of all together
 ) -> Figure:
-    "A cell a claim and architecture; empty where nothing was judged."
-    claims = sorted(set(table.claim), key=lambda c: int(c[1:]))
-    archs = [a for a in (*ARCHS, 'all') if a in set(table.arch)]
+    "A cell a claim and architecture, its verdict or an arrow in it; empty where nothing was measured."
+    claims, archs = _claim_order(table.claim), [a for a in (*ARCHS, 'all') if a in set(table.arch)]
+    says = table.groupby('claim').says.agg(lambda s: ' / '.join(dict.fromkeys(s)))
     with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(.95*len(archs) + 2.2, .26*len(claims) + .7))
+        fig, ax = plt.subplots(figsize=(.85*len(archs) + 4.2, .29*len(claims) + .7))
         for r in table.itertuples():
-            x, y = archs.index(r.arch), claims.index(r.claim)
-            ax.add_patch(plt.Rectangle((x + .03, y + .06), .94, .88, color=VERDICTS.get(r.verdict, 'white'), lw=0))
-            ax.text(x + .5, y + .5, r.verdict if r.verdict in VERDICTS else '', ha='center', va='center', size=6.5,
-                color='black' if r.verdict == 'inconclusive' else 'white')
-        ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0), xticks=np.arange(len(archs)) + .5, yticks=np.arange(len(claims)) + .5)
-        ax.set_xticklabels([_title(a) if a != 'all' else 'all' for a in archs]); ax.set_yticklabels(claims)
-        ax.xaxis.tick_top(); ax.tick_params(length=0); ax.spines[:].set_visible(False)
+            x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
+            ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
+            ax.text(x + .5, y + .5, word, ha='center', va='center', size=6.5 if r.verdict else 9,
+                color='white' if word in ('supported', 'contradicted') else 'black')
+        ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0))
+        ax.set_xticks(np.arange(len(archs)) + .5, [_title(a) for a in archs])
+        ax.set_yticks(np.arange(len(claims)) + .5, [f'{says[c][:1].upper()}{says[c][1:]}' for c in claims])
+        for y, (c, label) in enumerate(zip(claims, ax.get_yticklabels())):
+            label.set(text='\n'.join(wrap(label.get_text(), 62)), size=6.5)
+            ax.text(-.02, y + .5, c, transform=ax.get_yaxis_transform(), ha='right', va='center', size=7.5, weight='bold')
+        ax.xaxis.tick_top(); ax.tick_params(length=0); ax.tick_params(axis='y', pad=26); ax.spines[:].set_visible(False)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #e2a00006
+_CHANGES = (-.95, -.9, -.8, -.5, -.25, 0, .25, 1, 3, 9, 29, 99)
+
+def _change_axis(ax, values, scale):
+    "The horizontal axis of relative changes (logarithmic) or points."
+    low, high = min(values.min(), 0), max(values.max(), 0)
+    if scale == 'points':
+        pad = .1*max(high - low, .01)
+        ax.set_xlim(low - pad, high + pad)
+        ax.xaxis.set_major_locator(MaxNLocator(4)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f}' if round(100*v) else '0')
+        return
+    low, high = max(low, -.95), min(high, 99)
+    ax.set_xscale('function', functions=(lambda v: np.log1p(np.maximum(v, -.99)), np.expm1))
+    pad = 1.1*max((1 + high)/(1 + low), 1.2)**.08
+    ax.set_xlim((1 + low)/pad - 1, (1 + high)*pad - 1)
+    ticks = [t for t in _CHANGES if low - .02 <= t <= high + .02]
+    if len(ticks) > 4: ticks = [t for t in ticks if t == 0 or t in ticks[::-(-len(ticks)//4)] and abs(np.log1p(t)) > .5]
+    if len(ticks) < 2: ticks = MaxNLocator(3).tick_values(low, high)
+    ax.set_xticks(ticks, [f'{100*t:+.0f} %' if round(100*t) else '0' for t in ticks]); ax.minorticks_off()
+
+def _interval(ax, y, r, pooled):
+    "A point with its interval, or a diamond; hollow where there is no interval."
+    known = np.isfinite([r.low, r.high]).all()
+    if pooled and known:
+        low, high = (max(v, -.97) if r.scale == 'ratio' else v for v in (r.low, r.high))
+        ax.fill([low, r.estimate, high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0)
+        return
+    if known: ax.plot([max(r.low, -.97) if r.scale == 'ratio' else r.low, r.high], [y, y], color=BLUE, lw=1.2)
+    ax.plot(r.estimate, y, 'D' if pooled else 'o', color='black' if pooled else BLUE, ms=3.5, mfc=None if known else 'white')
+
+# %% ../nbs/12_plots.ipynb #e2a00007
+def _quantity(name): return {'top1': 'top-1', 'focus': 'coverage'}.get(name, name.replace('erf', 'ERF').replace('stage', 'stage ').replace('  ', ' '))
+
+def effects(
+    table:pd.DataFrame,   # arch (or 'all'), claim, a, b, quantity, scale ('ratio' or 'points'), estimate, low, high
+    across:int=5          # panels a row
+) -> Figure:
+    "Forest plots: a panel a comparison, a row an architecture."
+    table = table[np.isfinite(table.estimate.astype(float))]
+    panels = [(c, k, t) for c in _claim_order(table.claim) for k, t in table[table.claim == c].groupby(['a', 'b', 'quantity'], sort=False)]
+    archs = [a for a in (*ARCHS, 'all') if a in set(table.arch)]
+    across, down = min(across, len(panels)), -(-len(panels)//across)
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.15*len(archs) + .75)*down), squeeze=False, sharey=True)
+        for ax in axes.flat[len(panels):]: ax.axis('off')
+        for ax, (claim, (a, b, quantity), rows) in zip(axes.flat, panels):
+            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
+            shown = rows[['estimate', 'low', 'high']].to_numpy(float)
+            _change_axis(ax, shown[np.isfinite(shown)], rows.scale.iloc[0])
+            ax.axvline(0, color=GREY, lw=.7, ls='--', zorder=0)
+            ax.set_title(f"{claim}: {_quantity(quantity)}{', points' if rows.scale.iloc[0] == 'points' else ''}\n{a} against {b}", size=6.5)
+            ax.set(ylim=(len(archs) - .4, -.6)); ax.tick_params(length=2, labelsize=6.5)
+            ax.set_yticks(range(len(archs)), [_title(a) for a in archs])
     return fig
 
 # %% ../nbs/12_plots.ipynb #9af54365

@@ -441,7 +441,9 @@ def compare_verdicts(
     "Verdicts that differ, and why."
     key = pd.MultiIndex.from_frame
     part = there[key(there[[*KEY]].astype(str)).isin(key(here[[*KEY]].astype(str)))]
-    def words(m): return {(r.arch, r.claim): w or 'not compared' for r, w in zip((t := judge(m)).itertuples(), said(t))}
+    def words(measured):
+        found = judge(measured)
+        return {k: w or 'not compared' for k, w in zip(zip(found.arch, found.claim), said(found))}
     mine, theirs, same_runs, learned = words(here), words(there), words(part), _learned(here, there)
     rows = []
     for arch, claim in (k for k in theirs if k in mine and mine[k] != theirs[k]):

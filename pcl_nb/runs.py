@@ -492,4 +492,4 @@ def accuracy_rows(
 ) -> list:  # dicts, a measurement a run
     "The accuracy of each run, as rows of the table of measurements."
     return [dict(row_of(r, n, settings, a.learned), quantity='top1', value=a.top1, images=len(load(r.data, 'val', r.size, r.val, r.data_seed)))
-        for ((_, n, _), r), a in zip(recipes.items(), accuracy.itertuples())]
+        for ((_, n, *_), r), a in zip(recipes.items(), accuracy.itertuples())]
