@@ -423,8 +423,8 @@ def _span(measured, arch):
     t = measured[measured.settings == '']
     counts = (t if arch == 'all' else t[t.arch == arch]).groupby(['arch', 'network', 'scheme', 'data']).seed.nunique()
     if not len(counts): return 'no runs'
-    most = f'{counts.max()} run' + 's'*(counts.max() > 1)
-    text = most if counts.min() == counts.max() else f'{counts.min()} to {most}'
+    least, most = int(counts.min()), int(counts.max())
+    text = f'{least} to {most} runs' if least < most else f'{most} runs' if most > 1 else '1 run'
     return f'{t.arch.nunique()} architectures, {text}' if arch == 'all' else text
 
 def _learned(here, there):
@@ -442,6 +442,7 @@ def compare_verdicts(
     key = pd.MultiIndex.from_frame
     part = there[key(there[[*KEY]].astype(str)).isin(key(here[[*KEY]].astype(str)))]
     def words(measured):
+        if not len(measured): return {}
         found = judge(measured)
         return {k: w or 'not compared' for k, w in zip(zip(found.arch, found.claim), said(found))}
     mine, theirs, same_runs, learned = words(here), words(there), words(part), _learned(here, there)
