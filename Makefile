@@ -12,10 +12,10 @@ export PYTHONUNBUFFERED = 1
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-figures: $(READY)  ## Figures 1 to 9 and Table 1 for ResNet18, one run of each network; ARGS="--archs resnet50" ...
+figures: $(READY)  ## Figures 1 to 9 and Table 1 for ResNet18, one run of each network, beside the committed ones; ARGS="--archs resnet50" ...
 	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
 
-figures-all: $(READY)  ## every figure and table, five architectures, three runs where the paper repeats: some hours on two cores
+figures-all: $(READY)  ## every figure and table, five architectures, three runs of each network, of ResNet18 five: a day or more on two cores
 	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.
@@ -40,8 +40,8 @@ check: $(READY)  ## clean and export the notebooks; fails where that changes a c
 	$(BIN)/nbdev_export
 	git diff --exit-code -- nbs pcl_nb
 
-clean:  ## remove caches and build leftovers; trained runs and .venv stay
-	rm -rf build dist *.egg-info _docs _proc figures/smoke runs/executed .pytest_cache .hypothesis
+clean:  ## remove caches and build leftovers; trained runs, results and .venv stay
+	rm -rf build dist *.egg-info _docs _proc results/smoke figures/smoke runs/executed .pytest_cache .hypothesis
 	find nbs pcl_nb tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # An install that was cut short can leave packages that pip takes for complete: the next one starts afresh.

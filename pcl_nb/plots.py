@@ -12,6 +12,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6
 
 # %% ../nbs/12_plots.ipynb #e2e24812
 from itertools import product
+import re
 from textwrap import wrap
 
 import matplotlib.pyplot as plt
@@ -343,15 +344,15 @@ def activity_against_erf(
     return fig
 
 def accuracy_against_focus(
-    table:pd.DataFrame   # method, top1, top1_std, coverage, coverage_std
+    table:pd.DataFrame   # method, top1, top1_std, focus, focus_std
 ) -> Figure:
     "Appendix B: accuracy against focus area, a point a method; bars are standard deviations over runs."
     with plt.rc_context(_STYLE):
         fig, ax = plt.subplots(figsize=(4.2, 2.8))
         colours = GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968'
         for i, r in enumerate(table.itertuples()):
-            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.coverage_std)]
-            ax.errorbar(r.coverage, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
+            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.focus_std)]
+            ax.errorbar(r.focus, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
                 color=colours[i % len(colours)], ms=5, mew=0, elinewidth=.8,
                 capsize=1.5, label=r.method)
         ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
@@ -390,7 +391,7 @@ def verdict_matrix(
     claims, archs = _claim_order(table.claim), [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     says = table.groupby('claim').says.agg(lambda s: ' / '.join(dict.fromkeys(s)))
     with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(.85*len(archs) + 4.2, .29*len(claims) + .7))
+        fig, ax = plt.subplots(figsize=(.9*len(archs) + 4.2, .29*len(claims) + .7))
         for r in table.itertuples():
             x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
             ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
@@ -406,56 +407,61 @@ def verdict_matrix(
     return fig
 
 # %% ../nbs/12_plots.ipynb #e2a00006
-_CHANGES = (-.95, -.9, -.8, -.5, -.25, 0, .25, 1, 3, 9, 29, 99)
+_CHANGES = 0, 1, -.5, 3, 9, -.9, .25, -.25, -.8, 29, 99, .1, -.1, .05, -.05, .02, -.02        # the first ones that fit are marked
+
+def _spread_out(ticks, place, least):
+    "Those of the ticks, the first first, that stand apart."
+    chosen = []
+    for t in ticks:
+        if all(abs(place(t) - place(c)) >= least for c in chosen): chosen.append(t)
+    return sorted(chosen)
 
 def _change_axis(ax, values, scale):
     "The horizontal axis of relative changes (logarithmic) or points."
-    low, high = min(values.min(), 0), max(values.max(), 0)
+    low, high = min(*values, 0), max(*values, 0)
     if scale == 'points':
         pad = .1*max(high - low, .01)
         ax.set_xlim(low - pad, high + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(4)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f}' if round(100*v) else '0')
+        ax.xaxis.set_major_locator(MaxNLocator(3)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
         return
-    low, high = max(low, -.95), min(high, 99)
+    low, high = np.log1p([max(low, -.95), max(min(high, 99), .02)])
     ax.set_xscale('function', functions=(lambda v: np.log1p(np.maximum(v, -.99)), np.expm1))
-    pad = 1.1*max((1 + high)/(1 + low), 1.2)**.08
-    ax.set_xlim((1 + low)/pad - 1, (1 + high)*pad - 1)
-    ticks = [t for t in _CHANGES if low - .02 <= t <= high + .02]
-    if len(ticks) > 4: ticks = [t for t in ticks if t == 0 or t in ticks[::-(-len(ticks)//4)] and abs(np.log1p(t)) > .5]
-    if len(ticks) < 2: ticks = MaxNLocator(3).tick_values(low, high)
-    ax.set_xticks(ticks, [f'{100*t:+.0f} %' if round(100*t) else '0' for t in ticks]); ax.minorticks_off()
+    ax.set_xlim(*np.expm1([low - .1*(high - low), high + .1*(high - low)]))
+    ticks = _spread_out([t for t in _CHANGES if low <= np.log1p(t) <= high], np.log1p, .28*(high - low))
+    ax.set_xticks(ticks, [f'{100*t:+.0f} %' if t else '0' for t in ticks]); ax.minorticks_off()
 
 def _interval(ax, y, r, pooled):
     "A point with its interval, or a diamond; hollow where there is no interval."
-    known = np.isfinite([r.low, r.high]).all()
-    if pooled and known:
-        low, high = (max(v, -.97) if r.scale == 'ratio' else v for v in (r.low, r.high))
-        ax.fill([low, r.estimate, high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0)
-        return
-    if known: ax.plot([max(r.low, -.97) if r.scale == 'ratio' else r.low, r.high], [y, y], color=BLUE, lw=1.2)
+    known, low = np.isfinite([r.low, r.high]).all(), max(r.low, -.97) if r.scale == 'ratio' else r.low
+    if pooled and known: ax.fill([low, r.estimate, r.high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0); return
+    if known: ax.plot([low, r.high], [y, y], color=BLUE, lw=1.2)
     ax.plot(r.estimate, y, 'D' if pooled else 'o', color='black' if pooled else BLUE, ms=3.5, mfc=None if known else 'white')
 
 # %% ../nbs/12_plots.ipynb #e2a00007
-def _quantity(name): return {'top1': 'top-1', 'focus': 'coverage'}.get(name, name.replace('erf', 'ERF').replace('stage', 'stage ').replace('  ', ' '))
+def _comparison_title(r):
+    "What a panel compares."
+    what = {'top1': 'top-1', 'focus': 'coverage ratio'}.get(r.quantity, r.quantity.replace('erf', 'ERF').replace('stage', 'stage '))
+    networks = re.sub(r':\w+=', ' ', r.part.replace(' - ', ' against ', 1))
+    return f"{r.claim}: {what}{', points' if r.scale == 'points' else ''}\n{networks}"
 
 def effects(
-    table:pd.DataFrame,   # arch (or 'all'), claim, a, b, quantity, scale ('ratio' or 'points'), estimate, low, high
+    table:pd.DataFrame,   # arch (or 'all'), claim, part, quantity, scale ('ratio' or 'points'), estimate, low, high
     across:int=5          # panels a row
 ) -> Figure:
     "Forest plots: a panel a comparison, a row an architecture."
     table = table[np.isfinite(table.estimate.astype(float))]
-    panels = [(c, k, t) for c in _claim_order(table.claim) for k, t in table[table.claim == c].groupby(['a', 'b', 'quantity'], sort=False)]
+    panels = [t for c in _claim_order(table.claim) for _, t in table[table.claim == c].groupby(['part', 'quantity'], sort=False)]
     archs = [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     across, down = min(across, len(panels)), -(-len(panels)//across)
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.15*len(archs) + .75)*down), squeeze=False, sharey=True)
+        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.14*len(archs) + .75)*down), squeeze=False, sharey=True)
         for ax in axes.flat[len(panels):]: ax.axis('off')
-        for ax, (claim, (a, b, quantity), rows) in zip(axes.flat, panels):
-            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
+        for ax, rows in zip(axes.flat, panels):
             shown = rows[['estimate', 'low', 'high']].to_numpy(float)
             _change_axis(ax, shown[np.isfinite(shown)], rows.scale.iloc[0])
+            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
             ax.axvline(0, color=GREY, lw=.7, ls='--', zorder=0)
-            ax.set_title(f"{claim}: {_quantity(quantity)}{', points' if rows.scale.iloc[0] == 'points' else ''}\n{a} against {b}", size=6.5)
+            ax.set_title(_comparison_title(rows.iloc[0]), size=6.5)
             ax.set(ylim=(len(archs) - .4, -.6)); ax.tick_params(length=2, labelsize=6.5)
             ax.set_yticks(range(len(archs)), [_title(a) for a in archs])
     return fig

@@ -23,7 +23,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, generator, integer, is_whole, list_of,
+from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, results_dir, generator, integer, is_whole, list_of,
     one_of, or_profile, out_folder, pairs, require,
     repeatable, resolve, runs_dir, sealed, text, unsealed, usable_device, write_atomic)
 from .data import LARGEST, ImageSet, batches, check_data, count, fingerprint, is_drawn, load, parse_name, pick
@@ -379,7 +379,7 @@ def settle(
         if P.get(name) == -1: P[name] = getattr(sizes, name)
     if data and all(map(is_drawn, data)) and is_whole(P.get('images')): sizes = replace(sizes, val=max(sizes.val, P['images']))       # drawn ones have no end
     if 'archs' in P: P['archs'] = sorted(set(P['archs']), key=ARCHS.index)
-    folder, device = resolve(P['out']) if P['out'] else figures_dir(P['profile']), usable_device(P['device'])
+    folder, device = resolve(P['out']) if P['out'] else results_dir(P['profile']), usable_device(P['device'])
     for name in data:          # an image that cannot be read should say so now, not after an hour
         for split, n in (('train', sizes.train), ('val', sizes.val))[public:]:
             if name.startswith('folder:'): load(name, split, P['size'], n)

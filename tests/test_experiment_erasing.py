@@ -9,45 +9,56 @@ import pytest
 import torch
 
 from conftest import NBS, check, contents, papermill
-from pcl_nb import core, methods, reproduce, results, training
+from pcl_nb import claims, core, methods, reproduce, results, training
 
 
 @pytest.fixture(scope='module')
 def smoke(tmp_path_factory):
     "Both experiments in one store: the folder, and what was in it when they had ended."
     folder = tmp_path_factory.mktemp('erasing')
-    for name, given in dict(erasing_methods=dict(seeds=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4, repeats=2)).items():
+    for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4, repeats=2)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
 
 
 def test_every_method_is_compared(smoke):
-    "A row a method: cost and parameters relative to what it is, accuracy over both runs."
-    table = pd.read_csv(smoke.results/'erasing_methods_resnet18.csv').set_index('method')
-    assert list(table.index) == ['baseline', 'has', 'acol', 'adl', 'adl:official', 'adl:stage=stage3+stage4', 'amloss', 'amloss:weight=0.5',
-                                 'amloss:weight=2', 'pcl'] and (table.runs == 2).all()
-    assert table.cost['baseline'] == 1 and (table.cost > 0).all()
-    base = table.loc['baseline']
+    "A row a method: cost and parameters relative to what it is, accuracy over its runs."
+    table = pd.read_csv(smoke.results/'erasing_methods_resnet18.csv').set_index('network')
+    assert list(table.index) == ['scenes', 'has', 'acol', 'adl', 'adl:official', 'adl:stage=stage3+stage4', 'amloss', 'amloss:weight=0.5',
+                                 'amloss:weight=2', 'pcl'] and table.runs.tolist() == [4] + [2]*9
+    assert table.cost['scenes'] == 1 and (table.cost > 0).all()
+    base = table.loc['scenes']
     for name in ('has', 'adl', 'amloss'):
         assert table.parameters_training[name] == table.parameters_evaluation[name] == base.parameters_training
     assert table.parameters_evaluation['acol'] == table.parameters_training['acol'] > base.parameters_training
     assert table.parameters_training['pcl'] > table.parameters_evaluation['pcl'] == base.parameters_evaluation, 'the side head is for training alone'
-    assert np.isfinite(table[['top1', 'coverage', 'erf']]).all(axis=None)
+    assert np.isfinite(table[['top1', 'focus', 'erf_stage4', 'top1_std']]).all(axis=None)
+    assert np.allclose(table.estimate[1:], (table.top1 - base.top1)[1:], atol=1e-5)
+
+
+def test_every_run_of_every_method_is_measured(smoke):
+    "Accuracy, focus area and ERF of each run; methods by the names that claims use."
+    table = results.measurements(smoke.results)
+    needed = {n for c in ('C19', 'C20', 'C21') for p in claims.CLAIMS[c].parts for n, _ in p.weights}
+    assert needed <= set(table.network)
+    for quantity in ('top1', 'focus', 'erf stage4'):
+        seeds = table[table.quantity == quantity].groupby('network').seed.nunique()
+        assert seeds['scenes'] == 4 and (seeds[[*needed - {'scenes'}]] == 2).all()
 
 
 def test_appendix_b_is_judged_from_the_runs(smoke):
-    "C19 to C21 have what they need; one epoch decides nothing."
-    found = reproduce.verdicts(smoke.results).set_index('claim')
-    assert {'C19', 'C20', 'C21'} <= set(found.index) and not found.takes[['C19', 'C20', 'C21']].str.contains('compared as well').any()
-    assert (found.verdict[['C19', 'C20', 'C21']] == 'inconclusive').all()
+    "C19 to C21 have the runs that they need; one epoch decides nothing."
+    found = claims.judge(results.measurements(smoke.results), only='C19 C20 C21')
+    assert found.claim.tolist() == ['C19', 'C20', 'C21'] and (found.verdict == '').all()
+    assert not found.evidence.str.contains('(top1)', regex=False).any(), 'a network is missing'
 
 
 def test_variant_has_one_name_and_one_run():
     "A weight of 2 and of 2.0 is one method and one run; the default's is the method's own."
-    given = dict(profile='smoke', compare='amloss:weight=2.0,amloss:weight=2,amloss:weight=1,amloss,adl:stage=stage3+stage4', seeds=1)
+    given = dict(profile='smoke', compare='amloss:weight=2.0,amloss:weight=2,amloss:weight=1,amloss,adl:stage=stage3+stage4')
     recipes = reproduce.recipes_of(reproduce.Job('erasing_methods', given))
-    assert [n for n, _ in recipes] == ['baseline', 'amloss:weight=2', 'amloss', 'adl:stage=stage3+stage4']
+    assert [n for _, n, _ in recipes] == ['scenes', 'amloss:weight=2', 'amloss', 'adl:stage=stage3+stage4']
     assert [r.options for r in recipes.values()] == [{}, {'weight': 2.}, {}, {'stage': 'stage3+stage4'}]
 
 
@@ -159,7 +170,7 @@ def test_coupling_takes_enough_images():
     ('erasing_methods', 'arch', 'resnet19', "did you mean 'resnet18'?"),
     ('erasing_methods', 'steps', 1, 'is not a whole number from 3 to 1000'),
     ('erasing_methods', 'tau', 2, 'is not a number from 0 to 1'),
-    ('erasing_methods', 'seeds', 0, 'is not a whole number from 1 to 100'),
+    ('erasing_methods', 'repeats', 0, 'give a number of 1 to 100'),
     ('relu_activity', 'archs', 'vgg', 'unknown architecture'),
     ('relu_activity', 'coupled', 1, 'is not a whole number from 2 to 1024'),
     ('relu_activity', 'scenes', 'places', 'valid: concept_scenes'),
