@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
             'pcl_nb.plots': { 'pcl_nb.plots._archs': ('plots.html#_archs', 'pcl_nb/plots.py'),
                               'pcl_nb.plots._change_axis': ('plots.html#_change_axis', 'pcl_nb/plots.py'),
                               'pcl_nb.plots._choice_blocks': ('plots.html#_choice_blocks', 'pcl_nb/plots.py'),
+                              'pcl_nb.plots._choice_cell': ('plots.html#_choice_cell', 'pcl_nb/plots.py'),
                               'pcl_nb.plots._choice_rows': ('plots.html#_choice_rows', 'pcl_nb/plots.py'),
                               'pcl_nb.plots._claim_order': ('plots.html#_claim_order', 'pcl_nb/plots.py'),
                               'pcl_nb.plots._comparison_title': ('plots.html#_comparison_title', 'pcl_nb/plots.py'),
