@@ -63,9 +63,9 @@ def test_tables_are_those_of_the_chapter(several):
 def test_one_run_gives_directions(tmp_path):
     "One run of each network: pictures with arrows, no verdict."
     files, text = judged(tmp_path, made_up(['resnet18'], 1))
-    verdicts = pd.read_csv(tmp_path/'out'/'claims.csv')
-    assert verdicts.verdict.isna().all() and verdicts.arrow.dropna().str.contains('↑|↓').all()
-    assert {'claims.png', 'effects.png'} <= files and '0 cells are judged' in text
+    verdicts = pd.read_csv(tmp_path/'out'/'claims.csv').query("claim != 'C22'")                # over networks, not runs
+    assert verdicts.verdict.isna().all() and verdicts.arrow.dropna().str.fullmatch('[↑↓]+').all()
+    assert {'claims.png', 'effects.png'} <= files
 
 
 def test_nothing_measured(tmp_path):
