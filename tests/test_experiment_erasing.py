@@ -19,7 +19,7 @@ def smoke(tmp_path_factory):
     for name, given in dict(erasing_methods=dict(seeds=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'))
 
 
 def test_every_method_is_compared(smoke):

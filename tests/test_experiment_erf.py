@@ -23,7 +23,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp('erf')
     done = papermill(NOTEBOOK, folder, profile='smoke', arch='resnet18')
     assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'), runs=contents(folder/'runs'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'), runs=contents(folder/'runs'))
 
 
 def read(smoke, name):
@@ -85,7 +85,7 @@ def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'to be trained: none' in printed(smoke.folder/'executed.ipynb')
     assert before and written() == before
-    assert numbers(contents(smoke.folder/'figures')) == numbers(smoke.files)
+    assert numbers(contents(smoke.folder/'results')) == numbers(smoke.files)
     assert contents(tmp_path) == {}
 
 
@@ -93,14 +93,14 @@ def test_one_figure_again_keeps_the_tables_whole(smoke):
     "A run of Figure 5 alone takes no row from the tables of sizes, comparisons and claims."
     done = papermill(NOTEBOOK, smoke.folder, profile='smoke', arch='resnet18', figures='5')
     assert done.returncode == 0, done.stderr[-3000:]
-    now = contents(smoke.folder/'figures')
+    now = contents(smoke.folder/'results')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
     assert read(smoke, 'erf_sizes_resnet18')[1]['others']
 
 
 def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
     "With repeats the figure is that of the first run; sizes are means over the runs, and the JSON names all of them."
-    results = tmp_path/'figures'/'smoke'
+    results = tmp_path/'results'/'smoke'
     shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='9', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -117,14 +117,14 @@ def test_every_choice_of_images_stands_beside_the_chosen_one(smoke, tmp_path):
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='6', images_from='own')
     assert done.returncode == 0, done.stderr[-3000:]
-    default, own = (pd.read_csv(f/'erf_comparisons_resnet18.csv') for f in (smoke.results, tmp_path/'figures'/'smoke'))
+    default, own = (pd.read_csv(f/'erf_comparisons_resnet18.csv') for f in (smoke.results, tmp_path/'results'/'smoke'))
     of_default, of_own = (t[(t.a == 'scenes') & (t.b == 'objects')].set_index('images_from') for t in (default, own))
     assert list(of_default.index) == list(of_own.index) == ['scenes', 'objects', 'own']
     assert of_default.chosen.tolist() == [True, False, False] and of_own.chosen.tolist() == [False, False, True]
     pd.testing.assert_frame_equal(of_default.drop(columns='chosen'), of_own.drop(columns='chosen'))
     assert own[own.b == 'init'].images_from.eq('own').all()
     before, now = (pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count')
-        for f in (smoke.results, tmp_path/'figures'/'smoke'))
+        for f in (smoke.results, tmp_path/'results'/'smoke'))
     assert before.scenes.equals(now.scenes) and not before.objects.equals(now.objects)
 
 
@@ -135,7 +135,7 @@ def test_batch_normalisation_has_one_source(smoke):
 
 def test_more_architectures_join_the_figure(smoke, tmp_path):
     "Two more, with the same settings: each has its figure, and all three share one."
-    results = tmp_path/'figures'/'smoke'
+    results = tmp_path/'results'/'smoke'
     shutil.copytree(smoke.results, results)
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='shufflenet_v2_x1_5,resnet34', figures='6')
     assert done.returncode == 0, done.stderr[-3000:]

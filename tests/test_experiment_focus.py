@@ -22,7 +22,7 @@ def smoke(tmp_path_factory):
         target_class=dict(archs='resnet18', seeds=2)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'))
 
 
 def read(smoke, name):
@@ -96,7 +96,7 @@ def test_repeat_trains_nothing_and_gives_the_same_numbers(smoke):
     done = papermill(NBS/'focus_area.ipynb', smoke.folder, profile='smoke', archs='resnet18,shufflenet_v2_x1_5', seeds=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'to be trained: none' in printed(smoke.folder/'executed.ipynb')
-    now = contents(smoke.folder/'figures')
+    now = contents(smoke.folder/'results')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
 
 
@@ -104,7 +104,7 @@ def test_part_run_again_keeps_the_rest(smoke):
     "A run of one figure and one architecture changes no number, and says where the rows come from that it did not obtain."
     done = papermill(NBS/'focus_area.ipynb', smoke.folder, profile='smoke', archs='shufflenet_v2_x1_5', figure='2')
     assert done.returncode == 0, done.stderr[-3000:]
-    now = contents(smoke.folder/'figures')
+    now = contents(smoke.folder/'results')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
     others = read(smoke, 'fig2')[1]['others']
     assert [r for s in others for r in s['rows']] == ['resnet18 scenes',
@@ -113,7 +113,7 @@ def test_part_run_again_keeps_the_rest(smoke):
 
 def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
     "With repeats there are several runs of each network, and rows of other architectures stay those of one run."
-    results = tmp_path/'figures'/'smoke'
+    results = tmp_path/'results'/'smoke'
     shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NBS/'focus_area.ipynb', tmp_path, profile='smoke', archs='shufflenet_v2_x1_5', figure='2', seeds=2, repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]

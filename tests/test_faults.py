@@ -172,17 +172,6 @@ def test_damage_to_a_measurement(store):
     assert told >= len(CUTS)
 
 
-def test_half_a_result_is_not_joined(tmp_path):
-    "A CSV or JSON that is half there is left out of what joins several."
-    for arch in 'ab': core.save_result(tmp_path, f'fig_{arch}', pd.DataFrame(dict(x=[1., 2.], arch=arch)), None, settings={})
-    for name in 'fig_a.json', 'fig_a.csv':
-        whole = (tmp_path/name).read_bytes()
-        for left in 0, len(whole)//2 if name.endswith('json') else 0:
-            (tmp_path/name).write_bytes(whole[:left])
-            assert set(core.gather_results(tmp_path, 'fig', 'ab', {}).arch) == {'b'}
-        (tmp_path/name).write_bytes(whole)
-
-
 def limited(size):
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return limit
@@ -234,13 +223,13 @@ def test_clock_that_goes_backwards(tmp_path, undisturbed, monkeypatch):
 
 
 def reproduce(folder, **how):
-    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_FIGURES=str(folder/'figures'))
+    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_RESULTS=str(folder/'results'), PCL_NB_FIGURES=str(folder/'figures'))
     return subprocess.Popen([sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4,fig6,table1,claims', '--archs',
         'resnet18', '--quiet'],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **how)
 
 
-def csvs(folder): return {n: b for n, b in contents(folder/'figures').items() if n.endswith('.csv')}
+def csvs(folder): return {n: b for n, b in contents(folder/'results').items() if n.endswith('.csv')}
 
 
 @pytest.mark.parametrize('whole', [True, False], ids=['with its workers', 'alone'])
