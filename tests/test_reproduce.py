@@ -205,6 +205,7 @@ archs: str = ''
 out: str = ''
 #
 recipes = {}
+#
 core.save_result(core.resolve(out) if out else core.results_dir(profile), 'initialisation', pd.DataFrame(dict(arch=archs.split(','), share=.5)))"""
 
 
