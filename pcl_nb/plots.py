@@ -12,6 +12,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6
 
 # %% ../nbs/12_plots.ipynb #e2e24812
 from itertools import product
+import re
 from textwrap import wrap
 
 import matplotlib.pyplot as plt
@@ -73,7 +74,7 @@ def _panel(ax, rows, colours, drop, log, smooth):
         line = rows[(rows.network == network) & (rows.bin >= drop)].sort_values('bin')
         if not len(line): continue
         mean, std = (line[c].rolling(smooth, center=True, min_periods=1).mean() for c in ('count', 'std'))
-        if smooth > 1: ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
+        if smooth > 1 and std.isna().all(): ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
         ax.fill_between(line.bin, (mean - std).clip(lower=0), mean + std, color=colour, alpha=.2, lw=0)
         ax.plot(line.bin, mean, color=colour, lw=1.2, ls='--' if colour == GREY else '-', label=_name(network, colour))
     if log: ax.set_yscale('symlog', linthresh=1)
@@ -93,7 +94,7 @@ def _sizes(ax, sizes, colours):
         ax.barh(y, v.mean(), height=.36, color=colours[n], alpha=.55)
         if len(v) > 1:
             ax.errorbar(v.mean(), y, xerr=v.std(), color='black', lw=0, elinewidth=.8, capsize=1.5)
-            ax.plot(v, [y]*len(v), 'o', color=colours[n], ms=2.4, mec='white', mew=.3)
+            ax.plot(v, [y]*len(v), 'o', mfc='white', mec=colours[n], ms=3, mew=.8, zorder=3)
         ax.text(0, y - .24, _size_text(v, _name(n, colours[n])), size=6.5, va='bottom')
     ax.set(ylim=(len(there) - .6, -.75), yticks=[]); ax.set_xlim(left=0)
     ax.tick_params(length=2); ax.locator_params(axis='x', nbins=3); ax.spines['left'].set_visible(False)
@@ -343,15 +344,15 @@ def activity_against_erf(
     return fig
 
 def accuracy_against_focus(
-    table:pd.DataFrame   # method, top1, top1_std, coverage, coverage_std
+    table:pd.DataFrame   # method, top1, top1_std, focus, focus_std
 ) -> Figure:
     "Appendix B: accuracy against focus area, a point a method; bars are standard deviations over runs."
     with plt.rc_context(_STYLE):
         fig, ax = plt.subplots(figsize=(4.2, 2.8))
         colours = GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968'
         for i, r in enumerate(table.itertuples()):
-            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.coverage_std)]
-            ax.errorbar(r.coverage, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
+            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.focus_std)]
+            ax.errorbar(r.focus, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
                 color=colours[i % len(colours)], ms=5, mew=0, elinewidth=.8,
                 capsize=1.5, label=r.method)
         ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
@@ -390,7 +391,7 @@ def verdict_matrix(
     claims, archs = _claim_order(table.claim), [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     says = table.groupby('claim').says.agg(lambda s: ' / '.join(dict.fromkeys(s)))
     with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(.85*len(archs) + 4.2, .29*len(claims) + .7))
+        fig, ax = plt.subplots(figsize=(.9*len(archs) + 4.2, .29*len(claims) + .7))
         for r in table.itertuples():
             x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
             ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
@@ -406,83 +407,120 @@ def verdict_matrix(
     return fig
 
 # %% ../nbs/12_plots.ipynb #e2a00006
-_CHANGES = (-.95, -.9, -.8, -.5, -.25, 0, .25, 1, 3, 9, 29, 99)
+_CHANGES = 0, 1, -.5, 3, 9, -.9, .25, -.25, -.8, 29, 99, .1, -.1, .05, -.05, .02, -.02        # the first ones that fit are marked
+
+def _spread_out(ticks, place, least):
+    "Those of the ticks, the first first, that stand apart."
+    chosen = []
+    for t in ticks:
+        if all(abs(place(t) - place(c)) >= least for c in chosen): chosen.append(t)
+    return sorted(chosen)
 
 def _change_axis(ax, values, scale):
     "The horizontal axis of relative changes (logarithmic) or points."
-    low, high = min(values.min(), 0), max(values.max(), 0)
+    low, high = min(*values, 0), max(*values, 0)
     if scale == 'points':
         pad = .1*max(high - low, .01)
         ax.set_xlim(low - pad, high + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(4)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f}' if round(100*v) else '0')
+        ax.xaxis.set_major_locator(MaxNLocator(3)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
         return
-    low, high = max(low, -.95), min(high, 99)
+    low, high = np.log1p([max(low, -.95), max(min(high, 99), .02)])
     ax.set_xscale('function', functions=(lambda v: np.log1p(np.maximum(v, -.99)), np.expm1))
-    pad = 1.1*max((1 + high)/(1 + low), 1.2)**.08
-    ax.set_xlim((1 + low)/pad - 1, (1 + high)*pad - 1)
-    ticks = [t for t in _CHANGES if low - .02 <= t <= high + .02]
-    if len(ticks) > 4: ticks = [t for t in ticks if t == 0 or t in ticks[::-(-len(ticks)//4)] and abs(np.log1p(t)) > .5]
-    if len(ticks) < 2: ticks = MaxNLocator(3).tick_values(low, high)
-    ax.set_xticks(ticks, [f'{100*t:+.0f} %' if round(100*t) else '0' for t in ticks]); ax.minorticks_off()
+    ax.set_xlim(*np.expm1([low - .1*(high - low), high + .1*(high - low)]))
+    ticks = _spread_out([t for t in _CHANGES if low <= np.log1p(t) <= high], np.log1p, .28*(high - low))
+    ax.set_xticks(ticks, [f'{100*t:+.0f} %' if t else '0' for t in ticks]); ax.minorticks_off()
 
 def _interval(ax, y, r, pooled):
     "A point with its interval, or a diamond; hollow where there is no interval."
-    known = np.isfinite([r.low, r.high]).all()
-    if pooled and known:
-        low, high = (max(v, -.97) if r.scale == 'ratio' else v for v in (r.low, r.high))
-        ax.fill([low, r.estimate, high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0)
-        return
-    if known: ax.plot([max(r.low, -.97) if r.scale == 'ratio' else r.low, r.high], [y, y], color=BLUE, lw=1.2)
+    known, low = np.isfinite([r.low, r.high]).all(), max(r.low, -.97) if r.scale == 'ratio' else r.low
+    if pooled and known: ax.fill([low, r.estimate, r.high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0); return
+    if known: ax.plot([low, r.high], [y, y], color=BLUE, lw=1.2)
     ax.plot(r.estimate, y, 'D' if pooled else 'o', color='black' if pooled else BLUE, ms=3.5, mfc=None if known else 'white')
 
 # %% ../nbs/12_plots.ipynb #e2a00007
-def _quantity(name): return {'top1': 'top-1', 'focus': 'coverage'}.get(name, name.replace('erf', 'ERF').replace('stage', 'stage ').replace('  ', ' '))
+def _comparison_title(r):
+    "What a panel compares."
+    what = {'top1': 'top-1', 'focus': 'coverage ratio'}.get(r.quantity, r.quantity.replace('erf', 'ERF').replace('stage', 'stage '))
+    networks = re.sub(r':\w+=', ' ', r.part.replace(' - ', ' against ', 1))
+    return f"{r.claim}: {what}{', points' if r.scale == 'points' else ''}\n{networks}"
 
 def effects(
-    table:pd.DataFrame,   # arch (or 'all'), claim, a, b, quantity, scale ('ratio' or 'points'), estimate, low, high
+    table:pd.DataFrame,   # arch (or 'all'), claim, part, quantity, scale ('ratio' or 'points'), estimate, low, high
     across:int=5          # panels a row
 ) -> Figure:
     "Forest plots: a panel a comparison, a row an architecture."
     table = table[np.isfinite(table.estimate.astype(float))]
-    panels = [(c, k, t) for c in _claim_order(table.claim) for k, t in table[table.claim == c].groupby(['a', 'b', 'quantity'], sort=False)]
+    panels = [t for c in _claim_order(table.claim) for _, t in table[table.claim == c].groupby(['part', 'quantity'], sort=False)]
     archs = [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     across, down = min(across, len(panels)), -(-len(panels)//across)
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.15*len(archs) + .75)*down), squeeze=False, sharey=True)
+        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.14*len(archs) + .75)*down), squeeze=False, sharey=True)
         for ax in axes.flat[len(panels):]: ax.axis('off')
-        for ax, (claim, (a, b, quantity), rows) in zip(axes.flat, panels):
-            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
+        for ax, rows in zip(axes.flat, panels):
             shown = rows[['estimate', 'low', 'high']].to_numpy(float)
             _change_axis(ax, shown[np.isfinite(shown)], rows.scale.iloc[0])
+            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
             ax.axvline(0, color=GREY, lw=.7, ls='--', zorder=0)
-            ax.set_title(f"{claim}: {_quantity(quantity)}{', points' if rows.scale.iloc[0] == 'points' else ''}\n{a} against {b}", size=6.5)
+            ax.set_title(_comparison_title(rows.iloc[0]), size=6.5)
             ax.set(ylim=(len(archs) - .4, -.6)); ax.tick_params(length=2, labelsize=6.5)
             ax.set_yticks(range(len(archs)), [_title(a) for a in archs])
     return fig
 
 # %% ../nbs/12_plots.ipynb #9af54365
+_PALE = {'supported': '#cfe8d5', 'contradicted': '#f3cfcf', 'undecided': '#ececec'}
+
+def _estimate(r):
+    "A change in words."
+    if not np.isfinite(r.estimate): return ''
+    return f'{100*r.estimate:+.1f} points' if r.scale == 'points' else f'{100*r.estimate:+.0f} %' if r.scale == 'ratio' else f'{r.estimate:.2g}'
+
+_ALTERNATIVE, _FIRST, _TOP1, _PAGE = 1.75, 3., .6, 8.2       # where columns begin, width of the last one, width of the page: inches
+
+def _choice_cell(ax, r, x, y, width):
+    "A verdict or an arrow, and the estimate."
+    word = f'{r.verdict or r.arrow} {_estimate(r)}'.strip() or 'not compared'
+    ax.add_patch(plt.Rectangle((x + .02, y + .08), width - .04, .84, fc=_PALE.get(r.verdict, '#f6f6f6'), ec='none' if r.survives else 'black', lw=.8))
+    ax.text(x + width/2, y + .5, word, ha='center', va='center', size=6, color='black' if word != 'not compared' else GREY)
+
+def _choice_rows(ax, rows, y, columns, width):
+    "One choice from line `y` on: a line an alternative. Gives the next line."
+    ax.axhline(y, color=GREY, lw=.3)
+    ax.text(0, y + .5, f'{rows.choice.iloc[0]}  {rows.about.iloc[0]}', weight='bold', va='center')
+    for k, (label, mine) in enumerate(rows.groupby('alternative', sort=False)):
+        ax.text(_ALTERNATIVE, y + k + .5, label, va='center', weight='bold' if k == 0 else 'normal')
+        for r in mine.itertuples(): _choice_cell(ax, r, columns[r.claim], y + k, width)
+        if np.isfinite(mine.top1.iloc[0]): ax.text(_PAGE - _TOP1/2, y + k + .5, f'{100*mine.top1.iloc[0]:.1f} %', ha='center', va='center')
+    return y + k + 1
+
+def _choice_blocks(table, most=5):
+    "Groups of choices that share columns: (claims, choices); choices without a claim in common with others come last."
+    blocks = []
+    for choice, rows in table.groupby('choice', sort=False):
+        mine = set(rows.claim)
+        fits = [b for b in blocks if len(b[0] | mine) <= most]
+        block = next((b for b in fits if b[0] & mine), next((b for b in fits if b is not blocks[0]), None))
+        if block: block[0].update(mine); block[1].append(choice)
+        else: blocks.append((mine, [choice]))
+    return blocks
+
 def open_choices(
-    table:pd.DataFrame   # choice, about, alternative, claim, compared, difference, low, high, verdict
-) -> Figure:
-    "A panel a comparison, a row an alternative."
-    panels = list(dict.fromkeys(zip(table.claim, table.compared)))
-    heights = [sum((table.claim == c) & (table.compared == w)) for c, w in panels]
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), 1, figsize=(6.4, .17*sum(heights) + .62*len(panels)), squeeze=False,
-            height_ratios=[h + 1.5 for h in heights])
-        for ax, (claim, compared) in zip(axes[:, 0], panels):
-            rows = table[(table.claim == claim) & (table.compared == compared)].reset_index(drop=True)
-            first = ~rows.choice.duplicated()
-            for y, r in enumerate(rows.itertuples()):
-                colour = VERDICTS[r.verdict] if r.verdict != 'inconclusive' else GREY
-                ends = [v if np.isfinite(v) else r.difference for v in (r.low, r.high)]
-                ax.plot(ends, [y, y], color=colour, lw=1.2); ax.plot(r.difference, y, 'o', color=colour, ms=3.5)
-            ax.axvline(0, color=GREY, lw=.7, ls='--'); ax.set_ylim(len(rows) - .4, -.6)
-            ax.set_yticks(range(len(rows)), [f'{r.choice} {r.about}: {r.alternative}' for r in rows.itertuples()], size=6.5)
-            for label, bold in zip(ax.get_yticklabels(), first): label.set_fontweight('bold' if bold else 'normal')
-            ax.set_title(f'{claim}: {compared}', loc='left')
-            ax.tick_params(length=2)
-            ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
+    table:pd.DataFrame   # choice, about, alternative, claim, says, estimate, scale, verdict, arrow, survives, top1
+) -> Figure:  # about 8 inches wide, at most 11 high
+    "What each alternative of each open choice does to the verdicts."
+    blocks, y = _choice_blocks(table), 0
+    says, lines = dict(zip(table.claim, table.says)), table.groupby(['choice', 'alternative']).ngroups + 3*len(blocks)
+    with plt.rc_context(dict(_STYLE, **{'font.size': 6.5})):
+        fig, ax = plt.subplots(figsize=(_PAGE, min(.195*lines + .1, 10.8)))
+        ax.set(xlim=(0, _PAGE), ylim=(lines, 0)); ax.axis('off')
+        for claims, choices in blocks:
+            width = min((_PAGE - _FIRST - _TOP1)/len(claims), 1.2)
+            columns = {c: _FIRST + width*i for i, c in enumerate(_claim_order(claims))}
+            for c, x in [*((c, x + width/2) for c, x in columns.items()), ('top-1', _PAGE - _TOP1/2)]:
+                ax.text(x, y + .5, c, ha='center', va='center', weight='bold', size=8)
+                ax.text(x, y + 1.1, '\n'.join(wrap(says.get(c, ''), int(24*width))), ha='center', va='top', size=5)
+            y += 2.6
+            for choice in choices: y = _choice_rows(ax, table[table.choice == choice], y, columns, width)
+            y += .4
     return fig
 
 # %% ../nbs/12_plots.ipynb #1a7e0102
