@@ -431,8 +431,8 @@ def _learned(here, there):
     "Runs that have learned on one side alone, in words."
     if not len(here) or not len(there): return []
     both = here.merge(there, on=[*KEY], suffixes=('', '_there'))
-    both = both[both.learned.astype(bool) != both.learned_there.astype(bool)].drop_duplicates(['arch', 'network', 'scheme', 'seed'])
-    return [(r.arch, f"{r.network} {r.seed} has learned {'here' if r.learned else 'there'} alone") for r in both.itertuples()]
+    both = both[both.learned.astype(bool) != both.learned_there.astype(bool)].drop_duplicates(['arch', 'network', 'learned'])
+    return [(r.arch, f"{r.network} learned {'here' if r.learned else 'there'} alone") for r in both.itertuples()]
 
 def compare_verdicts(
     here:pd.DataFrame,   # measurements
@@ -540,7 +540,7 @@ def entries(
 
 def _ours(found, id):
     "What was found about the claims of a figure: a row a claim and network."
-    about = found.figure.fillna('').str.split(r',\s*').apply(lambda f: id in f)
+    about = found.figure.map(lambda f: id in f.replace(',', ' ').split()).astype(bool)
     place = dict(arch=[*ARCHS, 'all'].index, claim=lambda c: int(c[1:]))
     ours = found.assign(verdict=said(found))[about].sort_values(['claim', 'arch'], key=lambda column: column.map(place[column.name]))
     return ours.assign(network=ours.arch.map(lambda a: TITLES.get(a, a)))[['claim', 'network', 'evidence', 'verdict', 'takes']].rename(columns={'takes': 'to decide it'})

@@ -19,7 +19,7 @@ def smoke(tmp_path_factory):
     for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4, repeats=2)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'))
 
 
 def test_every_method_is_compared(smoke):
@@ -85,7 +85,7 @@ def test_open_choices_of_one_run_have_no_verdicts(smoke, tmp_path):
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NBS/'open_choices.ipynb', tmp_path, profile='smoke', choices='U1,U11,U16')
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path/'figures'/'smoke'
+    folder = tmp_path/'results'/'smoke'
     table, rows = pd.read_csv(folder/'open_choices_resnet18.csv'), results.measurements(folder)
     assert set(table.choice) == {'U1', 'U11', 'U16'} and table.verdict.isna().all() and table.survives.all()
     assert set(rows.settings) == {'', 'tau=0.3', 'tau=0.7', 'rule=energy', 'rule=energy;tau=0.8', 'rule=sufficient', 'center=mean4',
