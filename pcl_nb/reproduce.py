@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_DATA', 'TOLERANCES', 'COORDINATES', 'UNCOMPARED', 'DECISIONS', 'FILE_MOST', 'ALL_MOST', 'PUBLISHED', 'TFLOPS',
            'manifest', 'Job', 'plan', 'notebook_path', 'recipes_of', 'missing_outputs', 'run_notebook', 'up_to_date',
-           'reproduce', 'verdicts', 'said', 'verdict_matrix', 'Tolerance', 'columns_of', 'compare_tables', 'figure_of',
-           'compare_figures', 'compare_verdicts', 'made_otherwise', 'comparison', 'entries', 'gallery', 'report',
-           'publish', 'estimate', 'main']
+           'reproduce', 'verdicts', 'said', 'verdict_matrix', 'summary', 'Tolerance', 'columns_of', 'compare_tables',
+           'figure_of', 'compare_figures', 'compare_verdicts', 'made_otherwise', 'comparison', 'entries', 'gallery',
+           'report', 'publish', 'estimate', 'main']
 
 # %% ../nbs/14_reproduce.ipynb #78b570da
 import argparse, ast, base64, contextlib, hashlib, io, json, math, os, re, sys, time
@@ -23,7 +23,7 @@ import papermill
 import torch
 import yaml
 
-from .claims import POINTS, judge
+from .claims import CLAIMS, POINTS, judge
 from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, markdown_table, out_folder,
     require, resolve, results_dir, root, runs_dir, to_json, versions, write_atomic)
 from .data import fingerprint, is_drawn, published_sizes
@@ -254,6 +254,38 @@ def verdict_matrix(
     wide.insert(0, 'says', says)
     return wide.rename(columns=TITLES).reset_index()
 
+
+# %% ../nbs/14_reproduce.ipynb #e14c0004
+def _estimate(row):
+    "An estimate with its interval, in words."
+    if not math.isfinite(row.estimate): return ''
+    text = f'{100*row.estimate:+.1f}' + (f' [{100*row.low:+.1f}, {100*row.high:+.1f}]' if math.isfinite(row.low) else '')
+    return f"{text} {'points' if row.scale == 'points' else '%'}"
+
+def _pooled(t):
+    "The row of a claim that stands for all: that of all architectures, or of the only one."
+    rows = [*t[t.arch == 'all'].itertuples()] or [*t.itertuples()]
+    return rows[0] if len(rows) == 1 else None
+
+def _held(t):
+    "In how many architectures a claim held, of those with a verdict."
+    judged = t[(t.arch != 'all') & (t.verdict != '')]
+    return f"{(judged.verdict == 'supported').sum()} of {len(judged)}" if len(judged) else ''
+
+def summary(
+    folders:dict  # profile -> where its results are
+) -> pd.DataFrame:  # claim, the paper says; for each profile: estimate, verdict, held in
+    "The claims in one table: a row a claim."
+    found, rows = {p: verdicts(f) for p, f in folders.items()}, []
+    for claim, c in CLAIMS.items():
+        of = {p: t[t.claim == claim] for p, t in found.items()}
+        if not any(map(len, of.values())): continue
+        rows.append({'claim': claim, 'the paper says': c.says})
+        for p, t in of.items():
+            row = _pooled(t)
+            rows[-1].update({f'{p}: estimate': _estimate(row) if row else '', 'verdict' if len(of) == 1 else f'{p}: verdict': row.verdict or row.arrow if row else '',
+                'held in': _held(t)})
+    return pd.DataFrame(rows)
 
 # %% ../nbs/14_reproduce.ipynb #e14c0011
 @dataclass(frozen=True)
