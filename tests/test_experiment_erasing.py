@@ -17,9 +17,9 @@ def smoke(tmp_path_factory):
     "Both experiments in one store: the folder, and what was in it when they had ended."
     folder = tmp_path_factory.mktemp('erasing')
     for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4)).items():
-        done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
+        done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', out=folder/'out', **given)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'))
+    return SimpleNamespace(folder=folder, results=folder/'out', files=contents(folder/'out'))
 
 
 def test_every_method_is_compared(smoke):
