@@ -510,6 +510,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                               'pcl_nb.plots.verdict_matrix': ('plots.html#verdict_matrix', 'pcl_nb/plots.py')},
             'pcl_nb.reproduce': { 'pcl_nb.reproduce.Job': ('reproduce.html#job', 'pcl_nb/reproduce.py'),
                                   'pcl_nb.reproduce.Tolerance': ('reproduce.html#tolerance', 'pcl_nb/reproduce.py'),
+                                  'pcl_nb.reproduce._all_outputs': ('reproduce.html#_all_outputs', 'pcl_nb/reproduce.py'),
                                   'pcl_nb.reproduce._as_given': ('reproduce.html#_as_given', 'pcl_nb/reproduce.py'),
                                   'pcl_nb.reproduce._assigns': ('reproduce.html#_assigns', 'pcl_nb/reproduce.py'),
                                   'pcl_nb.reproduce._by_key': ('reproduce.html#_by_key', 'pcl_nb/reproduce.py'),

@@ -40,6 +40,8 @@ def manifest(
         f'{path} is not there: the notebooks come with the repository, not with the installed package; run this inside a clone')
     return yaml.safe_load(path.read_text())
 
+def _all_outputs(figure): return figure['outputs'] + figure.get('also', [])
+
 PAPER_DATA = dict(scenes='places365', objects='imagenet')     # of profile paper, where no other is named
 
 @dataclass
@@ -387,7 +389,7 @@ def figure_of(
     "Whose result it is."
     archs = '|'.join(ARCHS)
     for id, f in manifest()['figures'].items():
-        patterns = [o.replace('{arch}', f'({archs})') for o in f['outputs']] + [o.split('_{arch}')[0] for o in f['outputs']] + [f'{id}_.*']
+        patterns = [o.replace('{arch}', f'({archs})') for o in _all_outputs(f)] + [o.split('_{arch}')[0] for o in f['outputs']] + [f'{id}_.*']
         if any(re.fullmatch(p, name) for p in patterns): return id
     return name
 
@@ -559,7 +561,7 @@ def entries(
     there, found = manifest(), []
     for name, f in there['figures'].items():
         e = there['experiments'][f['experiment']]
-        stems = [p.stem for o in f['outputs'] for p in sorted(Path(folder).glob(o.format(arch='*') + '.json'))
+        stems = [p.stem for o in _all_outputs(f) for p in sorted(Path(folder).glob(o.format(arch='*') + '.json'))
             if '{arch}' in o or p.stem == o]
         joint = [s for s in {o.split('_{arch}')[0] for o in f['outputs'] if '{arch}' in o} if (Path(folder)/f'{s}.png').exists()]
         pictures = joint or [s for s in stems if (Path(folder)/f'{s}.png').exists()]
