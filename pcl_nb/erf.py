@@ -526,7 +526,7 @@ def activity_rows(
     data, images = _images(recipe, network, P, sizes)
     for stage in stages:
         t = stored_activity(recipe, data, P['images'], val=sizes.val, stage=stage, seed=P['seed'], device=device)
-        rows += [dict(row, quantity=f'{q} {stage}', images=images, **_over_images(t[q].to_numpy())) for q in ('positive', 'region')]
+        rows += [dict(row, quantity=f'{q} {stage}', images=images, **_over_images(t[q].to_numpy(copy=True))) for q in ('positive', 'region')]
     return rows
 
 def coupling_rows(

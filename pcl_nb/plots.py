@@ -74,7 +74,7 @@ def _panel(ax, rows, colours, drop, log, smooth):
         line = rows[(rows.network == network) & (rows.bin >= drop)].sort_values('bin')
         if not len(line): continue
         mean, std = (line[c].rolling(smooth, center=True, min_periods=1).mean() for c in ('count', 'std'))
-        if smooth > 1: ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
+        if smooth > 1 and std.isna().all(): ax.plot(line.bin, line['count'], color=colour, lw=.5, alpha=.3)
         ax.fill_between(line.bin, (mean - std).clip(lower=0), mean + std, color=colour, alpha=.2, lw=0)
         ax.plot(line.bin, mean, color=colour, lw=1.2, ls='--' if colour == GREY else '-', label=_name(network, colour))
     if log: ax.set_yscale('symlog', linthresh=1)
@@ -94,7 +94,7 @@ def _sizes(ax, sizes, colours):
         ax.barh(y, v.mean(), height=.36, color=colours[n], alpha=.55)
         if len(v) > 1:
             ax.errorbar(v.mean(), y, xerr=v.std(), color='black', lw=0, elinewidth=.8, capsize=1.5)
-            ax.plot(v, [y]*len(v), 'o', color=colours[n], ms=2.4, mec='white', mew=.3)
+            ax.plot(v, [y]*len(v), 'o', mfc='white', mec=colours[n], ms=3, mew=.8, zorder=3)
         ax.text(0, y - .24, _size_text(v, _name(n, colours[n])), size=6.5, va='bottom')
     ax.set(ylim=(len(there) - .6, -.75), yticks=[]); ax.set_xlim(left=0)
     ax.tick_params(length=2); ax.locator_params(axis='x', nbins=3); ax.spines['left'].set_visible(False)
@@ -467,28 +467,60 @@ def effects(
     return fig
 
 # %% ../nbs/12_plots.ipynb #9af54365
+_PALE = {'supported': '#cfe8d5', 'contradicted': '#f3cfcf', 'undecided': '#ececec'}
+
+def _estimate(r):
+    "A change in words."
+    if not np.isfinite(r.estimate): return ''
+    return f'{100*r.estimate:+.1f} points' if r.scale == 'points' else f'{100*r.estimate:+.0f} %' if r.scale == 'ratio' else f'{r.estimate:.2g}'
+
+_ALTERNATIVE, _FIRST, _TOP1, _PAGE = 1.75, 3., .6, 8.2       # where columns begin, width of the last one, width of the page: inches
+
+def _choice_cell(ax, r, x, y, width):
+    "A verdict or an arrow, and the estimate."
+    word = f'{r.verdict or r.arrow} {_estimate(r)}'.strip() or 'not compared'
+    ax.add_patch(plt.Rectangle((x + .02, y + .08), width - .04, .84, fc=_PALE.get(r.verdict, '#f6f6f6'), ec='none' if r.survives else 'black', lw=.8))
+    ax.text(x + width/2, y + .5, word, ha='center', va='center', size=6, color='black' if word != 'not compared' else GREY)
+
+def _choice_rows(ax, rows, y, columns, width):
+    "One choice from line `y` on: a line an alternative. Gives the next line."
+    ax.axhline(y, color=GREY, lw=.3)
+    ax.text(0, y + .5, f'{rows.choice.iloc[0]}  {rows.about.iloc[0]}', weight='bold', va='center')
+    for k, (label, mine) in enumerate(rows.groupby('alternative', sort=False)):
+        ax.text(_ALTERNATIVE, y + k + .5, label, va='center', weight='bold' if k == 0 else 'normal')
+        for r in mine.itertuples(): _choice_cell(ax, r, columns[r.claim], y + k, width)
+        if np.isfinite(mine.top1.iloc[0]): ax.text(_PAGE - _TOP1/2, y + k + .5, f'{100*mine.top1.iloc[0]:.1f} %', ha='center', va='center')
+    return y + k + 1
+
+def _choice_blocks(table, most=5):
+    "Groups of choices that share columns: (claims, choices); choices without a claim in common with others come last."
+    blocks = []
+    for choice, rows in table.groupby('choice', sort=False):
+        mine = set(rows.claim)
+        fits = [b for b in blocks if len(b[0] | mine) <= most]
+        block = next((b for b in fits if b[0] & mine), next((b for b in fits if b is not blocks[0]), None))
+        if block: block[0].update(mine); block[1].append(choice)
+        else: blocks.append((mine, [choice]))
+    return blocks
+
 def open_choices(
-    table:pd.DataFrame   # choice, about, alternative, claim, compared, difference, low, high, verdict
-) -> Figure:
-    "A panel a comparison, a row an alternative."
-    panels = list(dict.fromkeys(zip(table.claim, table.compared)))
-    heights = [sum((table.claim == c) & (table.compared == w)) for c, w in panels]
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), 1, figsize=(6.4, .17*sum(heights) + .62*len(panels)), squeeze=False,
-            height_ratios=[h + 1.5 for h in heights])
-        for ax, (claim, compared) in zip(axes[:, 0], panels):
-            rows = table[(table.claim == claim) & (table.compared == compared)].reset_index(drop=True)
-            first = ~rows.choice.duplicated()
-            for y, r in enumerate(rows.itertuples()):
-                colour = VERDICTS[r.verdict] if r.verdict != 'inconclusive' else GREY
-                ends = [v if np.isfinite(v) else r.difference for v in (r.low, r.high)]
-                ax.plot(ends, [y, y], color=colour, lw=1.2); ax.plot(r.difference, y, 'o', color=colour, ms=3.5)
-            ax.axvline(0, color=GREY, lw=.7, ls='--'); ax.set_ylim(len(rows) - .4, -.6)
-            ax.set_yticks(range(len(rows)), [f'{r.choice} {r.about}: {r.alternative}' for r in rows.itertuples()], size=6.5)
-            for label, bold in zip(ax.get_yticklabels(), first): label.set_fontweight('bold' if bold else 'normal')
-            ax.set_title(f'{claim}: {compared}', loc='left')
-            ax.tick_params(length=2)
-            ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f} %' if v else '0')
+    table:pd.DataFrame   # choice, about, alternative, claim, says, estimate, scale, verdict, arrow, survives, top1
+) -> Figure:  # about 8 inches wide, at most 11 high
+    "What each alternative of each open choice does to the verdicts."
+    blocks, y = _choice_blocks(table), 0
+    says, lines = dict(zip(table.claim, table.says)), table.groupby(['choice', 'alternative']).ngroups + 3*len(blocks)
+    with plt.rc_context(dict(_STYLE, **{'font.size': 6.5})):
+        fig, ax = plt.subplots(figsize=(_PAGE, min(.195*lines + .1, 10.8)))
+        ax.set(xlim=(0, _PAGE), ylim=(lines, 0)); ax.axis('off')
+        for claims, choices in blocks:
+            width = min((_PAGE - _FIRST - _TOP1)/len(claims), 1.2)
+            columns = {c: _FIRST + width*i for i, c in enumerate(_claim_order(claims))}
+            for c, x in [*((c, x + width/2) for c, x in columns.items()), ('top-1', _PAGE - _TOP1/2)]:
+                ax.text(x, y + .5, c, ha='center', va='center', weight='bold', size=8)
+                ax.text(x, y + 1.1, '\n'.join(wrap(says.get(c, ''), int(24*width))), ha='center', va='top', size=5)
+            y += 2.6
+            for choice in choices: y = _choice_rows(ax, table[table.choice == choice], y, columns, width)
+            y += .4
     return fig
 
 # %% ../nbs/12_plots.ipynb #1a7e0102

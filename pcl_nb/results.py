@@ -72,10 +72,11 @@ def under(
 
 def instead(
     table:pd.DataFrame,   # of `measurements`
-    settings:str          # as in the column: of an alternative
+    settings:str,         # as in the column: of an alternative
+    default:str=''        # what it is an alternative to
 ) -> pd.DataFrame:
-    "The measurements with these settings, and those with the defaults of what was not measured with these."
-    what, new, old = [k for k in KEY if k not in ('seed', 'settings')], under(table, settings), under(table)
+    "The measurements with these settings, and the default ones of what was not measured with these."
+    what, new, old = [k for k in KEY if k not in ('seed', 'settings')], under(table, settings), under(table, default)
     if not len(new): return old
     there = pd.MultiIndex.from_frame(old[what]).isin(pd.MultiIndex.from_frame(new[what]))
     return pd.concat([old[~there], new], ignore_index=True)

@@ -463,8 +463,9 @@ def settings_text_of(
     "The settings that differ from the defaults of training and measuring, as in the column `settings`."
     profile = PROFILES[P['profile']]
     known = dict(epochs=profile.epochs, size=profile.size, images=profile.images, init=INITS[0], **defaults)
-    given = {k: v for k, v in {**P, **changes}.items() if k != 'pcl' and (k in known or k in changes)}
-    given.update({f'pcl.{k}': v for k, v in {**P.get('pcl', {}), **changes.get('pcl', {})}.items()})
+    options = {**{k: v for k, v in changes.items() if isinstance(v, dict)}, 'pcl': {**P.get('pcl', {}), **changes.get('pcl', {})}}
+    given = {k: v for k, v in {**P, **changes}.items() if k not in options and (k in known or k in changes)}
+    given.update({f'{method}.{k}': v for method, of in options.items() for k, v in of.items()})
     if given.get('epochs') == -1: del given['epochs']
     return ';'.join(f'{k}={v}' for k, v in sorted(given.items()) if v != known.get(k))
 

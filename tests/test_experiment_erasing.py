@@ -16,7 +16,7 @@ from pcl_nb import claims, core, methods, reproduce, results, training
 def smoke(tmp_path_factory):
     "Both experiments in one store: the folder, and what was in it when they had ended."
     folder = tmp_path_factory.mktemp('erasing')
-    for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4)).items():
+    for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4, repeats=2)).items():
         done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', out=folder/'out', **given)
         assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, results=folder/'out', files=contents(folder/'out'))
@@ -63,17 +63,36 @@ def test_variant_has_one_name_and_one_run():
 
 
 def test_open_choices_change_one_thing():
-    "Each alternative differs from the default in what it is about; the default's recipe is the base's."
-    recipes = reproduce.recipes_of(reproduce.Job('open_choices', dict(profile='smoke')))
-    for (network, choice), r in recipes.items():
-        if not choice or network in ('acol', 'complex'): continue
-        changed = {f.name for f in fields(r) if getattr(r, f.name) != getattr(recipes[network, ''], f.name)}
-        assert changed <= ({'init'} if choice.startswith('U14') else {'options'}), (network, choice)
-    options = {c: r.options for (n, c), r in recipes.items() if n in ('pcl', 'acol')}
-    for choice, want in {'U13 apart': {}, 'U13 running': dict(erased_norm='running'), 'U13 mixed': dict(erased_norm='mixed'),
-                         'U17 after, PCL': dict(normalize='after'), 'U18 copy': {}, 'U18 apart': dict(branch_b='apart')}.items():
-        assert options[choice] == want
-    assert {recipes[n, f'U14 {i}'].init for n in ('init', 'objects', 'scenes', 'pcl') for i in ('torchvision',)} == {'torchvision'}
+    "Each alternative differs from the default in what it is about, and has as many runs; the baseline has twice as many."
+    recipes = reproduce.recipes_of(reproduce.Job('open_choices', dict(profile='smoke', repeats='2')))
+    for (network, text, seed), r in recipes.items():
+        changed = {f.name for f in fields(r) if getattr(r, f.name) != getattr(recipes[network, '', seed], f.name)}
+        want = {'init'} if text.startswith('init=') else {'gamma'} if 'gamma' in text else {'options'} if text.startswith(('pcl.', 'acol.')) else set()
+        assert changed == want, (network, text)
+    seeds = {}
+    for network, text, seed in recipes: seeds.setdefault((network, text), []).append(seed)
+    assert all(s == list(range(4 if n in ('scenes', 'complex') else 2)) for (n, _), s in seeds.items())
+    options = {text: r.options for (n, text, _), r in recipes.items() if n in ('pcl', 'acol')}
+    for text, want in {'': {}, 'pcl.erased_norm=running': dict(erased_norm='running'), 'pcl.erased_norm=mixed': dict(erased_norm='mixed'),
+                       'pcl.normalize=after': dict(normalize='after'), 'acol.branch_b=apart': dict(branch_b='apart')}.items():
+        assert options[text] == want
+    assert {recipes[n, 'init=torchvision', 0].init for n in ('init', 'objects', 'scenes', 'pcl')} == {'torchvision'}
+    assert ('scenes', 'pcl.mask=soft', 0) not in recipes      # what an alternative does not change is not measured again
+
+
+def test_open_choices_of_one_run_have_no_verdicts(smoke, tmp_path):
+    "Estimates and arrows alone; the alternatives' rows stand beside the default's."
+    (tmp_path/'runs').symlink_to(smoke.folder/'runs')
+    done = papermill(NBS/'open_choices.ipynb', tmp_path, profile='smoke', out=tmp_path/'out', choices='U1,U11,U16')
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path/'out'
+    table, rows = pd.read_csv(folder/'open_choices_resnet18.csv'), results.measurements(folder)
+    assert set(table.choice) == {'U1', 'U11', 'U16'} and table.verdict.isna().all() and table.survives.all()
+    assert set(rows.settings) == {'', 'tau=0.3', 'tau=0.7', 'rule=energy', 'rule=energy;tau=0.8', 'rule=sufficient', 'center=mean4',
+                                  'images_from=objects', 'images_from=own'}
+    own = rows[(rows.settings == 'images_from=own') & (rows.network == 'scenes') & (rows.quantity == 'erf stage4')].value.item()
+    assert own == rows[(rows.settings == '') & (rows.network == 'scenes') & (rows.quantity == 'erf stage4')].value.item()
+    assert (folder/'open_choices_resnet18.svg').stat().st_size < 10**6
 
 
 def test_second_branch_apart_is_fixed_by_the_seed():
@@ -96,8 +115,7 @@ def test_configuration_is_what_the_methods_say(smoke):
 
 
 @pytest.mark.parametrize('name',
-    ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_comparisons', 'relu_coupling',
-        'relu_correlations', 'relu_claims'])
+    ['erasing_methods_resnet18', 'erasing_methods_resnet18_focus', 'relu_activity', 'relu_coupling', 'relu_correlations'])
 def test_result_has_numbers_and_provenance(smoke, name):
     "Each result has its table and says how it came about."
     about = json.loads((smoke.results/f'{name}.json').read_text())
@@ -108,27 +126,29 @@ def test_activity_is_a_share(smoke):
     "Activity and region lie between 0 and 1, for every network and stage."
     table = pd.read_csv(smoke.results/'relu_activity.csv')
     assert len(table) == 10 and table[['positive', 'region']].apply(lambda c: c.between(0, 1)).all(axis=None)
+    assert dict(zip(table.network, table.runs)) == dict(init=2, objects=2, scenes=4, pcl=2, pcl_s4=2)
+    assert np.isfinite(table[['erf', 'erf_std', 'positive_std', 'top1']]).all(axis=None)
 
 
-def test_every_choice_of_images_stands_beside_the_chosen_one(smoke):
-    "C16 is measured on scenes, on objects and on each network's own images (U16); the verdict rests on the chosen ones."
-    table = pd.read_csv(smoke.results/'relu_comparisons.csv')
-    for what in ('positive', 'region'):
-        rows = table[(table.a == 'scenes') & (table.b == 'objects') & (table.stage == what)]
-        assert rows.images_from.tolist() == ['scenes', 'objects', 'own'] and rows.chosen.tolist() == [True, False, False]
-        assert rows.difference.nunique() == 3 and rows.learned.notna().all()
-    compared = set(zip(table.a, table.stage))
-    assert {('pcl', 'positive'), ('pcl', 'positive at stage 3'), ('pcl_s4', 'positive')} <= compared
+def test_activity_is_recorded_for_every_run(smoke):
+    "What C16 compares on scenes, on objects and on each network's own images (U16), for each run."
+    rows = results.measurements(smoke.results)
+    rows = rows[(rows.arch == 'resnet18') & (rows.quantity == 'positive stage4') & rows.settings.str.contains('coupled=4')]
+    own = rows[rows.network.isin(['scenes', 'objects'])].pivot(index=['network', 'seed'], columns='settings', values='value')
+    assert list(own) == ['coupled=4', 'coupled=4;images_from=objects', 'coupled=4;images_from=own'] and len(own) == 6
+    assert own.loc['scenes', 'coupled=4'].equals(own.loc['scenes', 'coupled=4;images_from=own'].rename('coupled=4'))
+    assert own.notna().all(axis=None) and (own.loc['scenes'].nunique(axis=1) == 2).all()
+    assert set(rows.network) == {'init', 'objects', 'scenes', 'pcl', 'pcl_s4'}
 
 
-def test_coupling_is_compared_with_the_same_statistics_held_constant(smoke):
+def test_coupling_is_measured_for_every_run(smoke):
     "C15 rests on two passes of one network; what falls on other images of the batch is a share."
-    verdicts = pd.read_csv(smoke.results/'relu_claims.csv').set_index('claim')
-    assert list(verdicts.index) == ['C22', 'C15', 'C16', 'C18'] and 'running' not in verdicts.evidence['C15']
-    assert verdicts.evidence['C15'].count('coupled - ') == 3 and 'region' not in verdicts.evidence['C16']
+    rows = results.measurements(smoke.results)
+    rows = rows[rows.quantity.isin(['coupling', 'running', 'elsewhere'])]
+    assert rows.groupby(['network', 'quantity']).size().unstack().eq({'objects': 2, 'pcl': 2, 'scenes': 4}, axis=0).all(axis=None)
+    assert rows.images.eq(4).all() and (rows.low <= rows.high).all()
     table = pd.read_csv(smoke.results/'relu_coupling.csv')
-    assert table.images.eq(4).all() and len(table) == 3 and table.elsewhere.between(0, 1).all()
-    assert (table.elsewhere_low <= table.elsewhere).all() and (table.elsewhere <= table.elsewhere_high).all()
+    assert len(table) == 3 and table.elsewhere.between(0, 1).all() and {'coupling std', 'running std', 'runs'} <= set(table)
 
 
 @pytest.mark.parametrize('notebook', ['erasing_methods', 'relu_activity'])

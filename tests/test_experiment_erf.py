@@ -1,27 +1,25 @@
 """The ERF experiment as a user runs it: papermill's command line at the smallest profile."""
 import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from conftest import NBS, check, contents, papermill, printed
-from pcl_nb import core, erf, plots
+from pcl_nb import claims, core, plots, results
 
 NOTEBOOK = NBS/'erf.ipynb'
 FIGURES = {'fig6': plots.FIG6, 'fig7': plots.FIG7, 'fig8': plots.FIG8, 'fig9': plots.FIG9}  # histogram figures and their networks
-TABLES = 'erf_sizes', 'erf_comparisons', 'erf_claims'
+KEY = ['arch', 'network', 'seed', 'settings', 'quantity']
 
 
 @pytest.fixture(scope='module')
 def smoke(tmp_path_factory):
-    "All figures of one architecture: the folder, and what was in it when the run had ended."
+    "All figures of one architecture, two runs of each network: the folder, and what was in it when the run had ended."
     folder = tmp_path_factory.mktemp('erf')
-    done = papermill(NOTEBOOK, folder, profile='smoke', arch='resnet18')
+    done = papermill(NOTEBOOK, folder, profile='smoke', arch='resnet18', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'), runs=contents(folder/'runs'))
 
@@ -31,18 +29,39 @@ def read(smoke, name):
     return pd.read_csv(smoke.results/f'{name}.csv'), json.loads((smoke.results/f'{name}.json').read_text())
 
 
-@pytest.mark.parametrize('name', ['fig5', *FIGURES, *TABLES])
+def measurements(folder):
+    "The table of measurements of a folder of results."
+    return results.measurements(folder).set_index(KEY)
+
+
+def same_table(a, b): pd.testing.assert_frame_equal(a.drop(columns='learned'), b.drop(columns='learned'), check_dtype=False)
+
+
+@pytest.mark.parametrize('name', ['fig5', *FIGURES])
 def test_result_has_finite_numbers_and_provenance(smoke, name):
     "Numbers are finite, and the JSON says by which settings, runs, versions and revision they came about."
     table, about = read(smoke, f'{name}_resnet18')
-    if name == 'erf_claims':
-        assert table.pop('takes').notna().eq(table.verdict == 'inconclusive').all()      # what would decide it, where it is not decided
     assert len(table) and np.isfinite(table.select_dtypes('number')).all(axis=None) and table.notna().all(axis=None)
     assert {'settings', 'parameters', 'runs', 'versions', 'revision', 'seconds'} <= set(about)
     assert 'resnet18' in about['parameters']['arch'] and about['parameters']['profile'] == 'smoke'
     assert about['versions'] == core.versions() and about['revision'] == core.revision()
-    assert set(about['seconds']['training']) == set(about['runs']) == set(plots.NETWORKS)
+    assert set(about['seconds']['training']) == set(about['runs'])
+    assert set(about['runs']) == {f'{n} {s}' for n in plots.NETWORKS for s in range(4 if n == 'scenes' else 2)}
     for key in about['runs'].values(): assert f'{key}/run.json' in smoke.runs
+
+
+def test_every_run_is_measured(smoke):
+    "Accuracy and ERF size of each run, the baseline's four times; C10 on each choice of images (U16); no other table is left behind."
+    table = measurements(smoke.results).reset_index()
+    default = table[table.settings == '']
+    assert table.notna().drop(columns=['low', 'high']).all(axis=None) and table.run.nunique() == 18
+    assert set(default[default.quantity == 'top1'].groupby('network').size().items()) == {(n, 4 if n == 'scenes' else 2) for n in plots.NETWORKS}
+    assert set(default.quantity) == {'top1', *(f'{q} {s}' for q in ('erf', 'erf70') for s in ('stage3', 'stage4'))}
+    sized = table[table.quantity != 'top1']
+    assert (sized.low <= sized.high).all() and sized.images.eq(core.PROFILES['smoke'].images).all()
+    others = table[table.settings != '']
+    assert set(zip(others.network, others.settings)) == {(n, f'images_from={f}') for n in ('scenes', 'objects') for f in ('objects', 'own')}
+    assert {p.stem for p in smoke.results.glob('*.csv')} == {'measurements', *(f'fig{i}_resnet18' for i in range(5, 10))}
 
 
 @pytest.mark.parametrize('name', ['fig5', *FIGURES])
@@ -50,6 +69,8 @@ def test_picture_is_drawn(smoke, name):
     "Each figure is a picture with something on it."
     with Image.open(smoke.results/f'{name}_resnet18.png') as picture:
         assert min(picture.size) > 100 and len(np.unique(np.array(picture.convert('L')))) > 10
+    lines = (smoke.results/f'{name}_resnet18.svg').read_bytes()
+    assert b'<svg' in lines and b'<dc:date>' not in lines and len(lines) < 10**6
 
 
 @pytest.mark.parametrize('name', FIGURES)
@@ -59,29 +80,28 @@ def test_histograms_hold_every_bin_and_every_pixel(smoke, name):
     assert set(table.network) == set(FIGURES[name])
     for _, histogram in table.groupby(['network', 'stage']):
         assert histogram.bin.tolist() == list(range(about['settings']['bins']))
-        assert histogram['count'].sum() == about['settings']['size']**2
+        assert histogram['count'].sum() == pytest.approx(about['settings']['size']**2, rel=1e-4)
+        assert histogram.runs.eq(4 if histogram.network.iloc[0] == 'scenes' else 2).all() and (histogram['std'] >= 0).all()
 
 
-def test_numbers_of_figures_and_tables_agree(smoke):
-    "Figure 6 counts the pixels of figure 5's maps, and the ERF sizes are sums over figure 6's bins."
-    maps, counts, sizes = (read(smoke, f'{name}_resnet18')[0] for name in ('fig5', 'fig6', 'erf_sizes'))
-    assert set(maps.network) == set(counts.network)
-    for network, pixels in maps.groupby('network'):
-        impact = pixels.pivot(index='y', columns='x', values='impact').to_numpy()
+def test_numbers_of_figures_and_measurements_agree(smoke):
+    "The ERF sizes are sums over figure 6's bins, in the mean over runs; figure 5 shows the first run."
+    (maps, _), (counts, _), table = read(smoke, 'fig5_resnet18'), read(smoke, 'fig6_resnet18'), measurements(smoke.results).value
+    assert set(maps.network) == set(counts.network) == set(plots.FIG6)
+    for network, lines in maps.groupby('network'):
         count = counts[counts.network == network]['count'].to_numpy()
-        moved = np.abs(erf.impact_histogram(torch.tensor(impact)).numpy() - count).sum()
-        assert moved <= 4, 'saved to six digits, a pixel or two may cross an edge between bins'
-        for view, dropped in erf.VIEWS.items():
-            row = sizes[(sizes.network == network) & (sizes.stage == 'stage4') & (sizes['view'] == f'{view} bins')]
-            assert row['size'].item() == count[dropped:].sum()
+        shown = np.bincount(lines.filter(regex=r'^x\d').to_numpy().ravel()//100, minlength=100)
+        for name, dropped in dict(erf=10, erf70=30).items():
+            runs = table.loc['resnet18', network, :, '', f'{name} stage4']
+            assert runs.mean() == pytest.approx(count[dropped:].sum(), rel=1e-4) and runs.iloc[0] == shown[dropped:].sum()
 
 
 def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, tmp_path):
     "A second run takes the networks from the store; it may start in any folder, and leaves nothing there."
     def written(): return {p: p.stat().st_mtime_ns for p in smoke.folder.glob('runs/*/[!.]*')}
-    def numbers(files): return {name: files[name] for name in smoke.files if name.endswith('.csv')}
+    def numbers(files): return {name: files[name] for name in smoke.files if name.endswith(('.csv', '.png', '.svg'))}
     before = written()
-    done = papermill(NOTEBOOK, smoke.folder, cwd=tmp_path, profile='smoke', arch='resnet18')
+    done = papermill(NOTEBOOK, smoke.folder, cwd=tmp_path, profile='smoke', arch='resnet18', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'to be trained: none' in printed(smoke.folder/'executed.ipynb')
     assert before and written() == before
@@ -89,61 +109,55 @@ def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, 
     assert contents(tmp_path) == {}
 
 
-def test_one_figure_again_keeps_the_tables_whole(smoke):
-    "A run of Figure 5 alone takes no row from the tables of sizes, comparisons and claims."
-    done = papermill(NOTEBOOK, smoke.folder, profile='smoke', arch='resnet18', figures='5')
+def test_one_figure_again_keeps_the_measurements(smoke):
+    "A run of Figure 5 alone takes no row from the table of measurements."
+    done = papermill(NOTEBOOK, smoke.folder, profile='smoke', arch='resnet18', figures='5', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
     now = contents(smoke.folder/'figures')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
-    assert read(smoke, 'erf_sizes_resnet18')[1]['others']
 
 
-def test_verdicts_of_several_runs_cover_both_choices(smoke, tmp_path):
-    "With repeats the figure is that of the first run; sizes are means over the runs, and the JSON names all of them."
-    results = tmp_path/'figures'/'smoke'
-    shutil.copytree(smoke.results, results); (tmp_path/'runs').symlink_to(smoke.folder/'runs')
-    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='9', repeats=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (results/'fig9_resnet18.csv').read_bytes() == (smoke.results/'fig9_resnet18.csv').read_bytes()
-    assert set(json.loads((results/'fig9_resnet18.json').read_text())['runs']) == {'scenes', 'scenes 1', 'pcl_s4', 'pcl_s4 1'}
-    one, two = (pd.read_csv(f/'erf_comparisons_resnet18.csv').set_index(['a', 'b', 'stage', 'images_from']) for f in (smoke.results, results))
-    assert one.runs.eq(1).all() and two.runs[two.runs == 2].index.tolist() == [('pcl_s4', 'scenes', 'stage4', 'scenes')]
-    same = two.index[two.runs == 1]
-    pd.testing.assert_frame_equal(one.loc[same], two.loc[same], check_dtype=False)
-
-
-def test_every_choice_of_images_stands_beside_the_chosen_one(smoke, tmp_path):
-    "C10 is measured on scenes, objects and each network's own images (U16); verdict and figures rest on the chosen ones."
+def test_one_run_has_no_verdicts(smoke, tmp_path):
+    "One run of each network: lines without bands, rows of the first seed alone, and arrows in place of verdicts."
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
-    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='6', images_from='own')
+    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='9')
     assert done.returncode == 0, done.stderr[-3000:]
-    default, own = (pd.read_csv(f/'erf_comparisons_resnet18.csv') for f in (smoke.results, tmp_path/'figures'/'smoke'))
-    of_default, of_own = (t[(t.a == 'scenes') & (t.b == 'objects')].set_index('images_from') for t in (default, own))
-    assert list(of_default.index) == list(of_own.index) == ['scenes', 'objects', 'own']
-    assert of_default.chosen.tolist() == [True, False, False] and of_own.chosen.tolist() == [False, False, True]
-    pd.testing.assert_frame_equal(of_default.drop(columns='chosen'), of_own.drop(columns='chosen'))
-    assert own[own.b == 'init'].images_from.eq('own').all()
+    one = tmp_path/'figures'/'smoke'
+    assert pd.read_csv(one/'fig9_resnet18.csv')['std'].isna().all()
+    now = measurements(one)
+    assert set(now.index.get_level_values('seed')) == {0} and set(now.index.get_level_values('network')) == {'scenes', 'pcl_s4'}
+    same_table(now, measurements(smoke.results).loc[now.index])
+    assert claims.judge(results.measurements(one)).verdict.eq('').all()
+
+
+def test_images_of_a_choice_are_settings(smoke, tmp_path):
+    "With images_from=own (U16) figures and rows are on those images; measured by the defaults too, C10 is the same as before."
+    (tmp_path/'runs').symlink_to(smoke.folder/'runs')
+    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='6', images_from='own', repeats=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, default = measurements(tmp_path/'figures'/'smoke'), measurements(smoke.results)
+    both = own.index.intersection(default.index)
+    assert set(both.get_level_values('settings')) == {'', 'images_from=objects', 'images_from=own'}
+    same_table(own.loc[both], default.loc[both])
+    assert set(own.loc['resnet18', 'init'].index.get_level_values('settings')) == {'images_from=own'}
     before, now = (pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count')
         for f in (smoke.results, tmp_path/'figures'/'smoke'))
-    assert before.scenes.equals(now.scenes) and not before.objects.equals(now.objects)
+    assert before.scenes.equals(now.scenes)
 
 
-def test_batch_normalisation_has_one_source(smoke):
-    "C15 is judged in relu_activity.ipynb alone."
-    assert 'C15' not in set(read(smoke, 'erf_claims_resnet18')[0].claim)
-
-
-def test_more_architectures_join_the_figure(smoke, tmp_path):
-    "Two more, with the same settings: each has its figure, and all three share one."
-    results = tmp_path/'figures'/'smoke'
-    shutil.copytree(smoke.results, results)
-    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='shufflenet_v2_x1_5,resnet34', figures='6')
+def test_several_architectures_share_a_figure(tmp_path):
+    "Each has its figure, and those of one run share one."
+    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18,shufflenet_v2_x1_5', figures='5,9')
     assert done.returncode == 0, done.stderr[-3000:]
-    joint, archs = pd.read_csv(results/'fig6.csv'), ['shufflenet_v2_x1_5', 'resnet18', 'resnet34']
-    assert list(joint.arch.unique()) == json.loads((results/'fig6.json').read_text())['archs'] == archs
+    folder, archs = tmp_path/'figures'/'smoke', ['shufflenet_v2_x1_5', 'resnet18']
+    joint = pd.read_csv(folder/'fig9.csv')
+    assert list(joint.arch.unique()) == json.loads((folder/'fig9.json').read_text())['archs'] == archs
     for arch in archs:
-        pd.testing.assert_frame_equal(joint[joint.arch == arch].reset_index(drop=True), pd.read_csv(results/f'fig6_{arch}.csv'))
-    assert sorted(p.name for p in results.glob('fig?.*')) == ['fig6.csv', 'fig6.json', 'fig6.png']
+        pd.testing.assert_frame_equal(joint[joint.arch == arch].reset_index(drop=True), pd.read_csv(folder/f'fig9_{arch}.csv'))
+    scales = pd.read_csv(folder/'fig5.csv')
+    assert list(scales) == ['arch', 'network', 'lowest', 'highest'] and len(scales) == 6       # the maps are in the parts
+    assert json.loads((folder/'fig5.json').read_text())['parts'] == [f'fig5_{a}.json' for a in archs]
+    assert sorted(p.name for p in folder.glob('fig?.*')) == [f'fig{i}.{e}' for i in (5, 9) for e in ('csv', 'json', 'png', 'svg')]
 
 
 def test_unknown_parameter_ends_the_run(tmp_path):
@@ -183,8 +197,8 @@ def test_defaults_are_valid():
     ('pcl', 'tua=.5', "did you mean 'tau'?"),
     ('bootstrap', 0, 'is not a whole number from 2 to 10000'),
     ('seed', -1, 'is not a whole number from 0 up'),
-    ('repeats', 0, 'is not a whole number from 1 to 100'),
-    ('repeats', 1.5, 'is not a whole number from 1 to 100'),
+    ('repeats', 0, 'give a number of 1 to 100'),
+    ('repeats', '2,resnet19:3', "did you mean 'resnet18'?"),
     ('workers', -1, 'is not a whole number from 0 up'),
     ('device', 'tpu9', "device 'tpu9' cannot be used here"),
     ('bins', 0, 'is not a whole number from 10 to 10000'),

@@ -172,17 +172,6 @@ def test_damage_to_a_measurement(store):
     assert told >= len(CUTS)
 
 
-def test_half_a_result_is_not_joined(tmp_path):
-    "A CSV or JSON that is half there is left out of what joins several."
-    for arch in 'ab': core.save_result(tmp_path, f'fig_{arch}', pd.DataFrame(dict(x=[1., 2.], arch=arch)), None, settings={})
-    for name in 'fig_a.json', 'fig_a.csv':
-        whole = (tmp_path/name).read_bytes()
-        for left in 0, len(whole)//2 if name.endswith('json') else 0:
-            (tmp_path/name).write_bytes(whole[:left])
-            assert set(core.gather_results(tmp_path, 'fig', 'ab', {}).arch) == {'b'}
-        (tmp_path/name).write_bytes(whole)
-
-
 def limited(size):
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return limit
