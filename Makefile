@@ -15,7 +15,7 @@ help:  ## this list
 figures: $(READY)  ## Figures 1 to 9 and Table 1 for ResNet18, one run of each network, beside the committed ones; ARGS="--archs resnet50" ...
 	$(BIN)/pcl-reproduce --reduced --profile $(PROFILE) $(ARGS)
 
-figures-all: $(READY)  ## every figure and table, five architectures, three runs of each network, of ResNet18 five: a day or more on two cores
+figures-all: $(READY)  ## every figure and table, five architectures, three runs of each network, of ResNet18 five: six hours of training on two cores, by --dry-run
 	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MARGIN', 'ALIKE', 'POINTS', 'CEILING', 'RESNETS', 'ENLARGED_BY_S4', 'NORMALISED', 'WEIGHTS', 'TRUTH', 'CLAIMS',
            'UNLEARNED', 'FRAME', 'MOST', 'CONSISTENT', 'CHANGE', 'Part', 'versus', 'Claim', 'parts_of', 'Runs',
-           'Compared', 'compare', 'shown', 'size_interval', 'network_means', 'pcl_changes', 'network_correlations',
-           'chosen', 'judge', 'in_order', 'comparisons', 'false_decisions', 'against', 'to_read', 'scheme_distances',
-           'image_kinds']
+           'runs_of', 'Compared', 'compare', 'shown', 'judge_gains', 'size_interval', 'judge_shrinking',
+           'network_means', 'pcl_changes', 'network_correlations', 'chosen', 'judge', 'in_order', 'comparisons',
+           'false_decisions', 'against', 'to_read', 'scheme_distances', 'image_kinds']
 
 # %% ../nbs/13_claims.ipynb #e1a13002
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -113,22 +113,13 @@ def parts_of(
     return tuple(replace(p, sign='<=') for p in parts) if claim == 'C14' and arch not in ENLARGED_BY_S4 else parts
 
 # %% ../nbs/13_claims.ipynb #e1a13010
+@dataclass
 class Runs:
-    "The runs of one quantity: values on its scale by (architecture, network)."
-    def __init__(self,
-        measurements:pd.DataFrame,   # columns as in `results.COLUMNS`
-        quantity:str
-    ):
-        t = measurements[(measurements.quantity == quantity) & (measurements.settings == '')]
-        t = t[t.value.notna() & (t.value > 0 if quantity not in POINTS else True)].sort_values('seed')
-        scaled = (lambda v: v) if quantity in POINTS else np.log
-        names = t.network + np.where(t.scheme == 'simple', '', ' ' + t.scheme)
-        self.values, self.images, self.learned, self.seeds = {}, {}, {}, {}
-        for key, g in t.groupby([t.arch, names], sort=False):
-            self.values[key], self.seeds[key] = scaled(g.value.to_numpy(float)), g.seed.to_numpy()
-            half = (scaled(g.high.to_numpy(float)) - scaled(np.maximum(g.low.to_numpy(float), 1e-12)))/2
-            self.images[key] = float(np.nan_to_num((half/stats.norm.ppf((1 + LEVEL)/2))**2).mean())
-            self.learned[key] = bool(g.learned.astype(bool).all())
+    "The runs of one quantity, by (architecture, network)."
+    values:dict      # one array of values on the quantity's scale
+    images:dict      # variance over images of a measurement
+    learned:dict     # whether all runs have
+    known:dict = field(default_factory=dict, repr=False)     # deviations
 
     def groups(self, arch=None) -> list:
         "The arrays of trained networks, of one architecture or of all."
@@ -136,11 +127,28 @@ class Runs:
 
     def deviation(self, archs) -> Deviation:
         "The deviation of a run of these architectures' networks."
-        wide = run_deviation(self.groups())
-        if wide.poolable or len(set(archs)) > 1: return wide
-        return own if (own := run_deviation(self.groups(archs[0]))).poolable else wide
+        def of(arch): return self.known.setdefault(arch, run_deviation(self.groups(arch)))
+        if (wide := of(None)).poolable or len(set(archs)) > 1: return wide
+        return own if (own := of(archs[0])).poolable else wide
 
-# %% ../nbs/13_claims.ipynb #e1a13012
+# %% ../nbs/13_claims.ipynb #e1a13011
+def runs_of(
+    measurements:pd.DataFrame,   # columns as in `results.COLUMNS`
+    quantity:str
+) -> Runs:
+    "The runs of a quantity with default settings."
+    t = measurements[(measurements.quantity == quantity) & (measurements.settings == '')]
+    t = t[t.value.notna() & (t.value > 0 if quantity not in POINTS else True)].sort_values('seed')
+    scaled, found = (lambda v: v) if quantity in POINTS else np.log, Runs({}, {}, {})
+    names = t.network + np.where(t.scheme == 'simple', '', ' ' + t.scheme)
+    for key, g in t.groupby([t.arch, names], sort=False):
+        found.values[key] = scaled(g.value.to_numpy(float))
+        half = (scaled(g.high.to_numpy(float)) - scaled(np.maximum(g.low.to_numpy(float), 1e-12)))/2
+        found.images[key] = float(np.nan_to_num((half/stats.norm.ppf((1 + LEVEL)/2))**2).mean())
+        found.learned[key] = bool(g.learned.astype(bool).all())
+    return found
+
+# %% ../nbs/13_claims.ipynb #e1a13013
 UNLEARNED = 'networks that have learned: more epochs'
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def compare(
     found = contrast(groups, weights, runs.deviation([a for a, _ in keys]), [runs.images[k] for k in keys])
     return Compared(part, found if min(n) > 1 else Estimate(found.value, math.nan, 0), n)
 
-# %% ../nbs/13_claims.ipynb #e1a13015
+# %% ../nbs/13_claims.ipynb #e1a13016
 FRAME = ['arch', 'claim', 'says', 'figure', 'estimate', 'low', 'high', 'scale', 'runs', 'arrow', 'verdict', 'evidence', 'takes']
 
 def shown(
@@ -190,7 +198,7 @@ def _runs_text(parts):
     found = sorted({n for c in parts for n in c.runs})
     return '' if not found else str(found[0]) if len(found) == 1 else f'{found[0]} to {found[-1]}'
 
-# %% ../nbs/13_claims.ipynb #e1a13016
+# %% ../nbs/13_claims.ipynb #e1a13017
 def _to_decide(parts, runs, arch):
     "How many runs would decide, in words."
     there = [c for c in parts if c.estimate is not None]
@@ -214,7 +222,7 @@ def _row(claim, arch, parts, verdict, takes, evidence=None):
     return dict(arch=arch, claim=claim, says=c.says, figure=c.figure, estimate=v, low=low, high=high, scale=first.part.scale if first else '',
         runs=_runs_text(parts), arrow=arrow, verdict=verdict, evidence=evidence, takes=takes)
 
-# %% ../nbs/13_claims.ipynb #e1a13017
+# %% ../nbs/13_claims.ipynb #e1a13018
 def _judge_parts(claim, arch, runs):
     "A claim about one architecture."
     parts = [compare(runs[p.quantity], p, arch) for p in parts_of(claim, arch)]
@@ -231,7 +239,7 @@ def _judge_parts(claim, arch, runs):
 
 def _ceiling(runs, part, arch): return all(runs.values[k].mean() >= CEILING for k in _keys(part, arch))
 
-# %% ../nbs/13_claims.ipynb #e1a13018
+# %% ../nbs/13_claims.ipynb #e1a13019
 def _judge_all(claim, by):
     "A claim about architectures in general, from those that have two runs or more: by = {arch: parts}."
     by = {a: parts for a, parts in by.items() if all(c.estimate is not None and c.estimate.df > 0 for c in parts)}
@@ -246,7 +254,7 @@ def _judge_all(claim, by):
     row = _row(claim, 'all', parts, said, takes, f"in general: {'; '.join(map(_words, parts))}. These {len(by)}: {of_these}")
     return dict(row, runs=f'{len(by)} architectures')
 
-# %% ../nbs/13_claims.ipynb #e1a13020
+# %% ../nbs/13_claims.ipynb #e1a13021
 def _judge_stable(arch, runs):
     "C1 and C2 of one architecture."
     rows, schemes = [], versus('scenes complex', 'scenes', 'focus')
@@ -270,7 +278,7 @@ def _runs_for_spread(ratio):
     n = next((n for n in range(2, 101) if not ALPHA <= spread_tail(ratio, n, 2*n, 1.) <= 1 - ALPHA), None) if 0 < ratio < math.inf else None
     return f'{n} runs of each scheme' if n else 'more than 100 runs'
 
-# %% ../nbs/13_claims.ipynb #e1a13021
+# %% ../nbs/13_claims.ipynb #e1a13022
 def _judge_signs(arch, parts):
     "C2: the two differences have one sign."
     lacks = '; '.join(dict.fromkeys(c.lacks for c in parts if c.lacks))
@@ -282,7 +290,9 @@ def _judge_signs(arch, parts):
 
 MOST = 'resnet34', 'densenet121'       # C4
 
-def _judge_gains(runs):
+def judge_gains(
+    runs:Runs   # of 'focus'
+) -> dict:  # a row of `judge`; None: not of both and another
     "C4: the gain in focus area is largest for two architectures."
     there = [a for a in ARCHS if {(a, 'pcl'), (a, 'scenes')} <= set(runs.values)]
     others = [a for a in there if a not in MOST]
@@ -296,14 +306,17 @@ def _judge_gains(runs):
     takes = lacks or ('two runs or more' if few else '') if not said else _to_decide(found, {'focus': runs}, '') if said == 'undecided' else ''
     return _row('C4', 'all', found, said, takes, gains)
 
-# %% ../nbs/13_claims.ipynb #e1a13022
+# %% ../nbs/13_claims.ipynb #e1a13023
 def size_interval(
     low:float, high:float   # interval of a difference
 ) -> tuple:  # low, high
     "Interval of the difference's size."
     return max(low, -high, 0.), max(high, -low)
 
-def _judge_shrinking(runs, wide='resnet50'):
+def judge_shrinking(
+    runs:Runs,         # of 'erf stage4'
+    wide='resnet50'    # whose output dimension is large
+) -> dict:  # a row of `judge`; None: not of it and another
     "C11: the difference between scene and object networks is smaller in one architecture."
     found = {a: compare(runs, versus('scenes', 'objects', 'erf stage4'), a) for a in ARCHS}
     there = {a: c for a, c in found.items() if c.estimate is not None}
@@ -316,7 +329,7 @@ def _judge_shrinking(runs, wide='resnet50'):
     takes = 'two runs or more' if few else 'more runs of each network' if said == 'undecided' else ''
     return _row('C11', 'all', [there[wide]], said, takes, text)
 
-# %% ../nbs/13_claims.ipynb #e1a13024
+# %% ../nbs/13_claims.ipynb #e1a13025
 CONSISTENT = .7     # rank correlation from which two quantities go together consistently
 
 def network_means(
@@ -339,7 +352,7 @@ def pcl_changes(
                 rows.append(dict(arch=a, network=n, stage=stage, erf=one[f'erf {stage}']/base[f'erf {stage}'] - 1, top1=one.top1 - base.top1))
     return pd.DataFrame(rows, columns=['arch', 'network', 'stage', 'erf', 'top1']).dropna()
 
-# %% ../nbs/13_claims.ipynb #e1a13025
+# %% ../nbs/13_claims.ipynb #e1a13026
 def network_correlations(
     measurements:pd.DataFrame
 ) -> pd.DataFrame:  # of, sign, spearman, low, high, networks, count (as how many independent ones they count)
@@ -365,7 +378,7 @@ def _judge_together(measurements):
     text = '; '.join(f'{r.of}: {numbers(r)}, {r.networks} networks' for r in rows)
     return _row('C22', 'all', [], said, 'networks of more architectures' if said == 'undecided' else '', text)
 
-# %% ../nbs/13_claims.ipynb #e1a13027
+# %% ../nbs/13_claims.ipynb #e1a13028
 def chosen(
     only  # ids, a list or separated by blanks; none: all
 ) -> list:
@@ -374,7 +387,7 @@ def chosen(
     for c in wanted: require(c in CLAIMS, f"claim {c!r} is not valid; valid: {', '.join(CLAIMS)}")
     return [c for c in CLAIMS if not wanted or c in wanted]
 
-def _quantities(measurements): return {q: Runs(measurements, q) for q in {p.quantity for c in CLAIMS.values() for p in c.parts} | {'focus on objects'}}
+def _quantities(measurements): return {q: runs_of(measurements, q) for q in {p.quantity for c in CLAIMS.values() for p in c.parts} | {'focus on objects'}}
 
 def judge(
     measurements:pd.DataFrame,   # of `results.measurements`; rows with settings other than '' are ignored
@@ -383,7 +396,7 @@ def judge(
     "Every claim about which something was measured."
     runs, rows = _quantities(measurements), []
     archs = [a for a in ARCHS if a in set(measurements.arch)]
-    special = {'C4': lambda: _judge_gains(runs['focus']), 'C11': lambda: _judge_shrinking(runs['erf stage4']),
+    special = {'C4': lambda: judge_gains(runs['focus']), 'C11': lambda: judge_shrinking(runs['erf stage4']),
         'C22': lambda: _judge_together(measurements)}
     for claim in chosen(only):
         if claim in special: rows.append(special[claim]())
@@ -394,7 +407,7 @@ def judge(
     rows += [r for a in archs for r in _judge_stable(a, runs) if r['claim'] in chosen(only)]
     return in_order(pd.DataFrame([r for r in rows if r], columns=FRAME))
 
-# %% ../nbs/13_claims.ipynb #e1a13028
+# %% ../nbs/13_claims.ipynb #e1a13029
 def in_order(
     verdicts:pd.DataFrame   # arch, claim, ...
 ) -> pd.DataFrame:
@@ -435,7 +448,7 @@ def against(
     base:str='scenes'            # what they are compared with
 ) -> pd.DataFrame:  # arch, a, b, quantity, scale, estimate, low, high, runs_a, runs_b
     "Networks against one of them, with intervals over runs where there are two or more of each."
-    runs, rows = Runs(measurements.assign(settings='', learned=True), quantity), []
+    runs, rows = runs_of(measurements.assign(settings='', learned=True), quantity), []
     learned = measurements.groupby(['arch', 'network']).learned.all()
     for a in (a for a in ARCHS if a in set(measurements.arch)):
         for n in networks:
@@ -446,7 +459,7 @@ def against(
             rows.append(dict(arch=a, a=n, b=base, quantity=quantity, scale=c.part.scale, **found, runs_a=c.runs[0], runs_b=c.runs[1]))
     return pd.DataFrame(rows, columns='arch a b quantity scale estimate low high runs_a runs_b'.split())
 
-# %% ../nbs/13_claims.ipynb #e1a13035
+# %% ../nbs/13_claims.ipynb #e1a13036
 def to_read(
     verdicts:pd.DataFrame   # as of `judge`
 ):  # what a notebook shows
@@ -456,7 +469,7 @@ def to_read(
     for tag in ('th', 'td'): page = page.replace(f'<{tag}>', f'<{tag} style="text-align: left">')
     return HTML(page)
 
-# %% ../nbs/13_claims.ipynb #e1a13037
+# %% ../nbs/13_claims.ipynb #e1a13038
 def scheme_distances(
     shares:pd.DataFrame   # scheme ('simple' or 'complex'), seed, data, bin, share: of the images in each bin
 ) -> pd.DataFrame:  # data, bin, runs, schemes: half the difference of shares; sums are total variations
@@ -472,7 +485,7 @@ def scheme_distances(
         rows += [dict(data=data, bin=b, runs=r, schemes=s) for b, r, s in zip(sorted(t.bin.unique()), *means)]
     return pd.DataFrame(rows, columns=['data', 'bin', 'runs', 'schemes'])
 
-# %% ../nbs/13_claims.ipynb #e1a13040
+# %% ../nbs/13_claims.ipynb #e1a13041
 CHANGE = .05     # of the coverage ratio
 
 def image_kinds(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_DATA', 'TOLERANCES', 'COORDINATES', 'UNCOMPARED', 'DECISIONS', 'FILE_MOST', 'ALL_MOST', 'PUBLISHED', 'TFLOPS',
            'manifest', 'Job', 'plan', 'notebook_path', 'recipes_of', 'missing_outputs', 'run_notebook', 'up_to_date',
-           'reproduce', 'verdicts', 'said', 'verdict_matrix', 'Tolerance', 'columns_of', 'compare_tables', 'figure_of',
-           'compare_figures', 'compare_verdicts', 'made_otherwise', 'comparison', 'entries', 'gallery', 'report',
-           'publish', 'estimate', 'main']
+           'reproduce', 'verdicts', 'said', 'verdict_matrix', 'summary', 'Tolerance', 'columns_of', 'compare_tables',
+           'figure_of', 'compare_figures', 'compare_verdicts', 'made_otherwise', 'comparison', 'entries', 'gallery',
+           'report', 'publish', 'estimate', 'main']
 
 # %% ../nbs/14_reproduce.ipynb #78b570da
 import argparse, ast, base64, contextlib, hashlib, io, json, math, os, re, sys, time
@@ -23,7 +23,7 @@ import papermill
 import torch
 import yaml
 
-from .claims import POINTS, judge
+from .claims import CLAIMS, POINTS, judge
 from .core import (PROFILES, InputError, Progress, brief, choose, cores, digest, figures_dir, markdown_table, out_folder,
     require, resolve, results_dir, root, runs_dir, to_json, versions, write_atomic)
 from .data import fingerprint, is_drawn, published_sizes
@@ -39,6 +39,8 @@ def manifest(
     require(path.exists(),
         f'{path} is not there: the notebooks come with the repository, not with the installed package; run this inside a clone')
     return yaml.safe_load(path.read_text())
+
+def _all_outputs(figure): return figure['outputs'] + figure.get('also', [])
 
 PAPER_DATA = dict(scenes='places365', objects='imagenet')     # of profile paper, where no other is named
 
@@ -255,6 +257,38 @@ def verdict_matrix(
     return wide.rename(columns=TITLES).reset_index()
 
 
+# %% ../nbs/14_reproduce.ipynb #e14c0004
+def _estimate(row):
+    "An estimate with its interval, in words."
+    if not math.isfinite(row.estimate): return ''
+    text = f'{100*row.estimate:+.1f}' + (f' [{100*row.low:+.1f}, {100*row.high:+.1f}]' if math.isfinite(row.low) else '')
+    return f"{text} {'points' if row.scale == 'points' else '%'}"
+
+def _pooled(t):
+    "The row of a claim that stands for all: that of all architectures, or of the only one."
+    rows = [*t[t.arch == 'all'].itertuples()] or [*t.itertuples()]
+    return rows[0] if len(rows) == 1 else None
+
+def _held(t):
+    "In how many architectures a claim held, of those with a verdict."
+    judged = t[(t.arch != 'all') & (t.verdict != '')]
+    return f"{(judged.verdict == 'supported').sum()} of {len(judged)}" if len(judged) else ''
+
+def summary(
+    folders:dict  # profile -> where its results are
+) -> pd.DataFrame:  # claim, the paper says; for each profile: estimate, verdict, held in
+    "The claims in one table: a row a claim."
+    found, rows = {p: verdicts(f) for p, f in folders.items()}, []
+    for claim, c in CLAIMS.items():
+        of = {p: t[t.claim == claim] for p, t in found.items()}
+        if not any(map(len, of.values())): continue
+        rows.append({'claim': claim, 'the paper says': c.says})
+        for p, t in of.items():
+            row = _pooled(t)
+            rows[-1].update({f'{p}: estimate': _estimate(row) if row else '', 'verdict' if len(of) == 1 else f'{p}: verdict': row.verdict or row.arrow if row else '',
+                'held in': _held(t)})
+    return pd.DataFrame(rows)
+
 # %% ../nbs/14_reproduce.ipynb #e14c0011
 @dataclass(frozen=True)
 class Tolerance:
@@ -355,7 +389,7 @@ def figure_of(
     "Whose result it is."
     archs = '|'.join(ARCHS)
     for id, f in manifest()['figures'].items():
-        patterns = [o.replace('{arch}', f'({archs})') for o in f['outputs']] + [o.split('_{arch}')[0] for o in f['outputs']] + [f'{id}_.*']
+        patterns = [o.replace('{arch}', f'({archs})') for o in _all_outputs(f)] + [o.split('_{arch}')[0] for o in f['outputs']] + [f'{id}_.*']
         if any(re.fullmatch(p, name) for p in patterns): return id
     return name
 
@@ -431,8 +465,8 @@ def _learned(here, there):
     "Runs that have learned on one side alone, in words."
     if not len(here) or not len(there): return []
     both = here.merge(there, on=[*KEY], suffixes=('', '_there'))
-    both = both[both.learned.astype(bool) != both.learned_there.astype(bool)].drop_duplicates(['arch', 'network', 'scheme', 'seed'])
-    return [(r.arch, f"{r.network} {r.seed} has learned {'here' if r.learned else 'there'} alone") for r in both.itertuples()]
+    both = both[both.learned.astype(bool) != both.learned_there.astype(bool)].drop_duplicates(['arch', 'network', 'learned'])
+    return [(r.arch, f"{r.network} learned {'here' if r.learned else 'there'} alone") for r in both.itertuples()]
 
 def compare_verdicts(
     here:pd.DataFrame,   # measurements
@@ -527,7 +561,7 @@ def entries(
     there, found = manifest(), []
     for name, f in there['figures'].items():
         e = there['experiments'][f['experiment']]
-        stems = [p.stem for o in f['outputs'] for p in sorted(Path(folder).glob(o.format(arch='*') + '.json'))
+        stems = [p.stem for o in _all_outputs(f) for p in sorted(Path(folder).glob(o.format(arch='*') + '.json'))
             if '{arch}' in o or p.stem == o]
         joint = [s for s in {o.split('_{arch}')[0] for o in f['outputs'] if '{arch}' in o} if (Path(folder)/f'{s}.png').exists()]
         pictures = joint or [s for s in stems if (Path(folder)/f'{s}.png').exists()]
@@ -540,7 +574,7 @@ def entries(
 
 def _ours(found, id):
     "What was found about the claims of a figure: a row a claim and network."
-    about = found.figure.fillna('').str.split(r',\s*').apply(lambda f: id in f)
+    about = found.figure.map(lambda f: id in f.replace(',', ' ').split()).astype(bool)
     place = dict(arch=[*ARCHS, 'all'].index, claim=lambda c: int(c[1:]))
     ours = found.assign(verdict=said(found))[about].sort_values(['claim', 'arch'], key=lambda column: column.map(place[column.name]))
     return ours.assign(network=ours.arch.map(lambda a: TITLES.get(a, a)))[['claim', 'network', 'evidence', 'verdict', 'takes']].rename(columns={'takes': 'to decide it'})

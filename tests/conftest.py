@@ -1,4 +1,4 @@
-"""What the tests share: the project's folders, its notebooks as data, and a store of their own for runs and figures."""
+"""What the tests share: the project's folders, its notebooks as data, and a store of their own for runs and results."""
 import multiprocessing
 import os
 import subprocess
@@ -35,8 +35,8 @@ def printed(notebook):
 
 
 def papermill(notebook, folder, cwd=ROOT, **parameters):
-    "Run a notebook by papermill's command line; its runs, figures and executed copy go to `folder`."
-    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_FIGURES=str(folder/'figures'))
+    "Run a notebook by papermill's command line; its runs, results and executed copy go to `folder`."
+    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_RESULTS=str(folder/'results'), PCL_NB_FIGURES=str(folder/'figures'))
     given = [a for name, value in parameters.items() for a in ('-p', name, str(value))]
     return subprocess.run([sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', '--no-progress-bar', *given],
                           cwd=cwd, env=env, capture_output=True, text=True)
@@ -58,8 +58,9 @@ def contents(folder):
 
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch):
-    "Empty folders for runs and figures: no test reads or writes the project's."
-    folders = SimpleNamespace(runs=tmp_path/'runs', figures=tmp_path/'figures')
+    "Empty folders for runs, results and committed figures: no test reads or writes the project's."
+    folders = SimpleNamespace(runs=tmp_path/'runs', results=tmp_path/'results', figures=tmp_path/'figures')
     monkeypatch.setenv('PCL_NB_RUNS', str(folders.runs))
+    monkeypatch.setenv('PCL_NB_RESULTS', str(folders.results))
     monkeypatch.setenv('PCL_NB_FIGURES', str(folders.figures))
     return folders

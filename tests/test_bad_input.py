@@ -120,7 +120,8 @@ TRAINING = [['--seed', '-1'], ['--seed', '1.5'], ['--size', '0'], ['--size', '10
     ['--method', 'pcl', '--set', 'omega=' + '1'*400], ['--method', 'has', '--set', 'patches=' + '1'*5000],
     ['--nope', '1'], ['--arch', ''], ['--method', SNOW], ['--device', 'meta'], ['--accumulate', '1.5'], ['--lr', 'x'], ['--amp', 'fp16 '],
     ['--profile', ''], ['--scheme', '']]
-REPRODUCE = [['--epochs', '0'], ['--epochs', '1.5'], ['--seed', '-1'], ['--seed', 'x'], ['--seeds', '101'], ['--workers', '-1'],
+REPRODUCE = [['--epochs', '0'], ['--epochs', '1.5'], ['--seed', '-1'], ['--seed', 'x'], ['--repeats', '101'], ['--repeats', 'x'],
+    ['--compare'], ['--compare', '--against', LONG], ['--against', 'nowhere'], ['--publish'], ['--workers', '-1'],
     ['--workers', '-1', '--only', 'claims'], ['--workers', 'x'], ['--device', 'tpu9'],
     ['--device', 'meta'], ['--out', 'settings.ini'], ['--out', LONG], ['--objects', 'imagenot'], ['--objects', 'packed:nowhere'],
     ['--scenes', SNOW], ['--scenes', f'folder:{LONG}'], ['--tflops', 'nan'], ['--tflops', 'inf'],
@@ -158,7 +159,7 @@ def test_command_line(capsys, store, pictures, main, args):
     with pytest.raises(SystemExit) as ended: main([f'folder:{pictures}' if a == 'FOLDER' else a for a in args])
     assert ended.value.code == 2
     one_line(capsys.readouterr().err.strip().split('\n')[-1], ': error: ')
-    assert not list(store.runs.glob('*/[!.]*')) and not store.figures.exists() and not list(pictures.glob('packed*'))
+    assert not list(store.runs.glob('*/[!.]*')) and not store.results.exists() and not store.figures.exists() and not list(pictures.glob('packed*'))
 
 
 # Public functions

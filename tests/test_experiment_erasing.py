@@ -17,9 +17,9 @@ def smoke(tmp_path_factory):
     "Both experiments in one store: the folder, and what was in it when they had ended."
     folder = tmp_path_factory.mktemp('erasing')
     for name, given in dict(erasing_methods=dict(repeats=2, steps=3), relu_activity=dict(archs='resnet18', coupled=4, repeats=2)).items():
-        done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', out=folder/'out', **given)
+        done = papermill(NBS/f'{name}.ipynb', folder, profile='smoke', **given)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'out', files=contents(folder/'out'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'))
 
 
 def test_every_method_is_compared(smoke):
@@ -83,9 +83,9 @@ def test_open_choices_change_one_thing():
 def test_open_choices_of_one_run_have_no_verdicts(smoke, tmp_path):
     "Estimates and arrows alone; the alternatives' rows stand beside the default's."
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
-    done = papermill(NBS/'open_choices.ipynb', tmp_path, profile='smoke', out=tmp_path/'out', choices='U1,U11,U16')
+    done = papermill(NBS/'open_choices.ipynb', tmp_path, profile='smoke', choices='U1,U11,U16')
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path/'out'
+    folder = tmp_path/'results'/'smoke'
     table, rows = pd.read_csv(folder/'open_choices_resnet18.csv'), results.measurements(folder)
     assert set(table.choice) == {'U1', 'U11', 'U16'} and table.verdict.isna().all() and table.survives.all()
     assert set(rows.settings) == {'', 'tau=0.3', 'tau=0.7', 'rule=energy', 'rule=energy;tau=0.8', 'rule=sufficient', 'center=mean4',

@@ -21,7 +21,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp('erf')
     done = papermill(NOTEBOOK, folder, profile='smoke', arch='resnet18', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke', files=contents(folder/'figures'), runs=contents(folder/'runs'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke', files=contents(folder/'results'), runs=contents(folder/'runs'))
 
 
 def read(smoke, name):
@@ -105,7 +105,7 @@ def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'to be trained: none' in printed(smoke.folder/'executed.ipynb')
     assert before and written() == before
-    assert numbers(contents(smoke.folder/'figures')) == numbers(smoke.files)
+    assert numbers(contents(smoke.folder/'results')) == numbers(smoke.files)
     assert contents(tmp_path) == {}
 
 
@@ -113,7 +113,7 @@ def test_one_figure_again_keeps_the_measurements(smoke):
     "A run of Figure 5 alone takes no row from the table of measurements."
     done = papermill(NOTEBOOK, smoke.folder, profile='smoke', arch='resnet18', figures='5', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    now = contents(smoke.folder/'figures')
+    now = contents(smoke.folder/'results')
     assert [n for n in smoke.files if n.endswith('.csv') and now[n] != smoke.files[n]] == []
 
 
@@ -122,7 +122,7 @@ def test_one_run_has_no_verdicts(smoke, tmp_path):
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='9')
     assert done.returncode == 0, done.stderr[-3000:]
-    one = tmp_path/'figures'/'smoke'
+    one = tmp_path/'results'/'smoke'
     assert pd.read_csv(one/'fig9_resnet18.csv')['std'].isna().all()
     now = measurements(one)
     assert set(now.index.get_level_values('seed')) == {0} and set(now.index.get_level_values('network')) == {'scenes', 'pcl_s4'}
@@ -135,13 +135,13 @@ def test_images_of_a_choice_are_settings(smoke, tmp_path):
     (tmp_path/'runs').symlink_to(smoke.folder/'runs')
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18', figures='6', images_from='own', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    own, default = measurements(tmp_path/'figures'/'smoke'), measurements(smoke.results)
+    own, default = measurements(tmp_path/'results'/'smoke'), measurements(smoke.results)
     both = own.index.intersection(default.index)
     assert set(both.get_level_values('settings')) == {'', 'images_from=objects', 'images_from=own'}
     same_table(own.loc[both], default.loc[both])
     assert set(own.loc['resnet18', 'init'].index.get_level_values('settings')) == {'images_from=own'}
     before, now = (pd.read_csv(f/'fig6_resnet18.csv').pivot(index='bin', columns='network', values='count')
-        for f in (smoke.results, tmp_path/'figures'/'smoke'))
+        for f in (smoke.results, tmp_path/'results'/'smoke'))
     assert before.scenes.equals(now.scenes)
 
 
@@ -149,7 +149,7 @@ def test_several_architectures_share_a_figure(tmp_path):
     "Each has its figure, and those of one run share one."
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18,shufflenet_v2_x1_5', figures='5,9')
     assert done.returncode == 0, done.stderr[-3000:]
-    folder, archs = tmp_path/'figures'/'smoke', ['shufflenet_v2_x1_5', 'resnet18']
+    folder, archs = tmp_path/'results'/'smoke', ['shufflenet_v2_x1_5', 'resnet18']
     joint = pd.read_csv(folder/'fig9.csv')
     assert list(joint.arch.unique()) == json.loads((folder/'fig9.json').read_text())['archs'] == archs
     for arch in archs:

@@ -21,8 +21,8 @@ def smoke(tmp_path_factory):
     for arch in ('resnet18', 'shufflenet_v2_x1_5'):
         done = papermill(NOTEBOOK, folder, profile='smoke', archs=arch)
         assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=folder/'figures'/'smoke',
-        table=pd.read_csv(folder/'figures'/'smoke'/'initialisation.csv'), said=printed(folder/'executed.ipynb'))
+    return SimpleNamespace(folder=folder, results=folder/'results'/'smoke',
+        table=pd.read_csv(folder/'results'/'smoke'/'initialisation.csv'), said=printed(folder/'executed.ipynb'))
 
 
 def test_every_combination_is_measured(smoke):

@@ -20,7 +20,7 @@ def test_a_folder_of_ones_own(tmp_path):
             to_pil_image(image).save(path)
     done = papermill(NOTEBOOK, tmp_path, scenes=f"folder:{tmp_path/'my scenes'}", **SMALL)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path/'figures'/'your_own'/'focus_area.csv').stat().st_size and '32 training and 32 validation images of 2 classes' in printed(tmp_path/'executed.ipynb')
+    assert (tmp_path/'results'/'your_own'/'focus_area.csv').stat().st_size and '32 training and 32 validation images of 2 classes' in printed(tmp_path/'executed.ipynb')
 
 
 @pytest.mark.parametrize('given, named', [

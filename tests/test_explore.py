@@ -26,7 +26,7 @@ def test_papermill_leaves_the_view(tmp_path):
     given = dict(profile='smoke', workers=1, images=f"{tmp_path/'gold.png'},{tmp_path/'teal.png'}")
     done = papermill(NBS/'explore.ipynb', tmp_path, image=1, **given)
     assert done.returncode == 0, done.stderr[-3000:]
-    base = tmp_path/'figures'/'smoke'/'explore_resnet18'
+    base = tmp_path/'results'/'smoke'/'explore_resnet18'
     table, about = pd.read_csv(f'{base}.csv'), json.loads(base.with_suffix('.json').read_text())
     assert set(table.network) == {'baseline', 'PCL'} and len(table) == 10 and set(table.image) == {'teal.png'} and table.coverage.between(0,
         1).all()

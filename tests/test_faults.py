@@ -223,13 +223,13 @@ def test_clock_that_goes_backwards(tmp_path, undisturbed, monkeypatch):
 
 
 def reproduce(folder, **how):
-    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_FIGURES=str(folder/'figures'))
+    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_RESULTS=str(folder/'results'), PCL_NB_FIGURES=str(folder/'figures'))
     return subprocess.Popen([sys.executable, '-m', 'pcl_nb.reproduce', '--profile', 'smoke', '--only', 'fig4,fig6,table1,claims', '--archs',
         'resnet18', '--quiet'],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **how)
 
 
-def csvs(folder): return {n: b for n, b in contents(folder/'figures').items() if n.endswith('.csv')}
+def csvs(folder): return {n: b for n, b in contents(folder/'results').items() if n.endswith('.csv')}
 
 
 @pytest.mark.parametrize('whole', [True, False], ids=['with its workers', 'alone'])
