@@ -333,9 +333,9 @@ def run_counts(
 ) -> dict:  # architecture, or '' for all others -> runs
     "A check: how many runs of each network."
     found = {}
-    for part in str(given).replace(' ', '').split(','):
+    for part in (given if isinstance(given, str) else brief(given)).replace(' ', '').split(','):
         arch, _, n = part.rpartition(':')
-        require(n.isdecimal() and 1 <= int(n) <= 100,
+        require(n.isdecimal() and len(n) < 4 and 1 <= int(n) <= 100,
             f'repeats {brief(given)} is not valid; give a number of 1 to 100, and others by architecture: 3,resnet18:5')
         found[choose(arch, ARCHS, 'architecture') if arch else ''] = int(n)
     return {'': 1, **found}
@@ -426,7 +426,7 @@ def accuracies(
         top1, top5, classes, seconds = found[key]
         least = least_top1(r, classes, known, profile) if r.epochs else 0.
         rows.append(dict(zip(columns, key), data=r.data.split('/')[-1], epochs=r.epochs, top1=top1, top5=top5,
-            learned=bool(top1 >= least), train_seconds=seconds))
+            learned=not top1 < least, train_seconds=seconds))
         need = f'of {least:.3f}' if least < math.inf else 'its baseline has not learned'
         if top1 < least: poor.append(f"{' '.join(map(str, key))} {top1:.3f} ({need})")
     if poor: print(f"no verdict rests on these, whose top-1 is too low (more epochs: -p epochs N): {', '.join(poor)}")
@@ -491,6 +491,6 @@ def accuracy_rows(
     accuracy:pd.DataFrame,    # of `accuracies`: the same runs in the same order
     settings:str=''
 ) -> list:  # dicts, a measurement a run
-    "The accuracy of each run, as rows of the table of measurements."
+    "The accuracy of each run, as rows of the table of measurements; published networks are not evaluated here."
     return [dict(row_of(r, n, settings, a.learned), quantity='top1', value=a.top1, images=len(load(r.data, 'val', r.size, r.val, r.data_seed)))
-        for ((_, n, *_), r), a in zip(recipes.items(), accuracy.itertuples())]
+        for ((_, n, *_), r), a in zip(recipes.items(), accuracy.itertuples()) if not r.published]

@@ -44,7 +44,7 @@ BAD = dict(
 
 FOLDER = ['', 'no such thing', SNOW, 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=']
 VALID = dict(       # what looks bad and is documented
-    str=dict(out=FOLDER, device=[''], pcl=['', {}], photos=[''], images=[''], figures=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
+    str=dict(out=FOLDER, device=[''], pcl=['', {}], photos=[''], images=[''], figures=[5], repeats=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
     int=dict(seed=[0, 2**31], workers=[0, 2**31], image=[0, 2**31], images=[2**31], epochs=[2**31], most=[2**31], evidence_images=[2**31],
         **{'your_own.batch': [2**31]}),   # more than there are: all
     float={'initialisation.width': [-1]}, bool={})        # -1: the profile's
