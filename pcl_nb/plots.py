@@ -517,7 +517,7 @@ def open_choices(
             columns = {c: _FIRST + width*i for i, c in enumerate(_claim_order(claims))}
             for c, x in [*((c, x + width/2) for c, x in columns.items()), ('top-1', _PAGE - _TOP1/2)]:
                 ax.text(x, y + .5, c, ha='center', va='center', weight='bold', size=8)
-                ax.text(x, y + 1.1, '\n'.join(wrap(says.get(c, ''), int(24*width))), ha='center', va='top', size=5)
+                ax.text(x, y + 1.1, '\n'.join(wrap(says.get(c, ''), int(27*width))), ha='center', va='top', size=5)
             y += 2.6
             for choice in choices: y = _choice_rows(ax, table[table.choice == choice], y, columns, width)
             y += .4
