@@ -208,9 +208,10 @@ def _to_decide(parts, runs, arch):
         needs = [_to_decide([c], runs, arch) for c in there]
         return max(needs, key=lambda s: [int(w) for w in s.split() if w.isdecimal()] or [999])
     weights = [[sum(w for k, (_, w) in zip(_keys(c.part, arch), c.part.weights) if k == key) for key in keys] for c in there]
-    s = by.deviation([a for a, _ in keys]).s
+    d = by.deviation([a for a, _ in keys])
+    s = d.s if d.poolable else [max(by.values[k].std(ddof=1), 1e-9) for k in keys]
     n = runs_to_decide([by.values[k].mean() for k in keys], weights, [c.part.sign for c in there], [c.part.margin for c in there], s,
-        [k[1] == 'scenes' for k in keys], [by.images[k] for k in keys])
+        [k[1] == 'scenes' for k in keys], [by.images[k] for k in keys], min(n for c in there for n in c.runs))
     return f'{n} runs of each network' if n else 'more than 100 runs'
 
 def _row(claim, arch, parts, verdict, takes, evidence=None):
@@ -371,7 +372,7 @@ def _half(r):
 def _judge_together(measurements):
     "C22."
     rows = list(network_correlations(measurements).itertuples())
-    if not any(r.networks for r in rows): return None
+    if all(r.networks < 3 for r in rows): return None
     halves = [_half(r) for r in rows]
     said = 'contradicted' if 'contradicted' in halves else 'supported' if set(halves) == {'supported'} else 'undecided'
     def numbers(r): return f'{r.spearman:+.2f} [{r.low:+.2f}, {r.high:+.2f}]' if math.isfinite(r.spearman) else 'undefined'

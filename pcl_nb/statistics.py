@@ -120,14 +120,14 @@ def power(
     means,          # (J,) a network's mean
     weights,        # (P,J) one row a part
     signs, margins, # of the parts
-    s:float,        # deviation of a run
+    s,              # deviation of a run: one number, or one a network
     runs,           # (J,) how many of each network
     images=0.,      # (J,) variance over images, or one number
     times:int=1000
 ) -> float:  # in [0,1]
     "How often the rule decides, the true values being `means`."
     W, runs, means = np.atleast_2d(weights).astype(float), np.asarray(runs), np.asarray(means, float)
-    spread = s*s/runs + np.broadcast_to(images, means.shape)
+    spread = np.square(s)/runs + np.broadcast_to(images, means.shape)
     drawn = means + np.random.default_rng(0).normal(size=(times, len(means)))*np.sqrt(spread)
     se, df = np.sqrt(W**2 @ spread), max((runs - 1).sum(), 1)
     p = np.array([p_values(drawn @ w, e, df, sign, m) for w, e, sign, m in zip(W, se, signs, margins)])      # (P,2,times)
@@ -136,11 +136,12 @@ def power(
 def runs_to_decide(
     means, weights, signs, margins, s,  # as in `power`
     doubled,        # (J,) networks that get twice as many
-    images=0.
+    images=0.,
+    had:int=1       # runs that did not decide
 ):  # runs of each network; None: more than the last candidate
     "The smallest number of runs with which the rule decides with probability `POWER`."
     def enough(n): return power(means, weights, signs, margins, s, np.where(doubled, 2*n, n), images) >= POWER
-    return next((n for n in CANDIDATES if enough(n)), None)
+    return next((n for n in CANDIDATES if n > had and enough(n)), None)
 
 # %% ../nbs/11_statistics.ipynb #e1a11028
 def spread_tail(ratio, a, b, true):
