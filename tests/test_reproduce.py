@@ -42,7 +42,7 @@ def test_plan_of_the_paper_needs_no_data_and_adds_up(tmp_path):
     done = command(tmp_path, '--profile', 'paper', '--dry-run')
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20       # not the clock: others may be at work
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60       # not the clock: others may be at work
     hours = [line for line in done.stdout.splitlines() if line.startswith('  train ')]
     cost = [float(line.split()[-1].replace(',', '')) for line in hours]
     total = float(re.search(r'^  total +([\d,.]+) GPU hours', done.stdout, re.M)[1].replace(',', ''))
