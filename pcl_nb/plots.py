@@ -391,11 +391,11 @@ def verdict_matrix(
     claims, archs = _claim_order(table.claim), [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     says = table.groupby('claim').says.agg(lambda s: ' / '.join(dict.fromkeys(s)))
     with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(.9*len(archs) + 4.2, .29*len(claims) + .7))
+        fig, ax = plt.subplots(figsize=(.95*len(archs) + 4.4 + .3*(len(archs) < 4), .29*len(claims) + .7))
         for r in table.itertuples():
             x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
             ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
-            ax.text(x + .5, y + .5, word, ha='center', va='center', size=6.5 if r.verdict else 9,
+            ax.text(x + .5, y + .5, word, ha='center', va='center', size=5.5 if r.verdict else 8,
                 color='white' if word in ('supported', 'contradicted') else 'black')
         ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0))
         ax.set_xticks(np.arange(len(archs)) + .5, [_title(a) for a in archs])
