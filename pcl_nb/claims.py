@@ -12,7 +12,6 @@ __all__ = ['MARGIN', 'ALIKE', 'POINTS', 'CEILING', 'RESNETS', 'ENLARGED_BY_S4', 
 # %% ../nbs/13_claims.ipynb #e1a13002
 import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
