@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                              'pcl_nb.core.Progress.__init__': ('core.html#progress.__init__', 'pcl_nb/core.py'),
                              'pcl_nb.core.Progress.display': ('core.html#progress.display', 'pcl_nb/core.py'),
                              'pcl_nb.core._as_text': ('core.html#_as_text', 'pcl_nb/core.py'),
+                             'pcl_nb.core._of_profile': ('core.html#_of_profile', 'pcl_nb/core.py'),
                              'pcl_nb.core._place': ('core.html#_place', 'pcl_nb/core.py'),
                              'pcl_nb.core.brief': ('core.html#brief', 'pcl_nb/core.py'),
                              'pcl_nb.core.check_parameters': ('core.html#check_parameters', 'pcl_nb/core.py'),

@@ -20,9 +20,8 @@ from scipy import stats
 
 from .core import require
 from .models import ARCHS
-from .results import COLUMNS as MEASURED
-from .statistics import (ALPHA, LEVEL, Deviation, Estimate, contrast, decide, draws, over_architectures,
-    rank_correlation, relative, run_deviation, runs_to_decide, share_interval, spread_interval, spread_tail)
+from .statistics import (ALPHA, LEVEL, Deviation, Estimate, contrast, decide, over_architectures,
+    rank_correlation, run_deviation, runs_to_decide, spread_interval, spread_tail)
 
 # %% ../nbs/13_claims.ipynb #e1a13005
 MARGIN = .1     # relative difference that counts as none

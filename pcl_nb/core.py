@@ -75,19 +75,21 @@ def runs_dir(
     "Where trained models are kept: `$PCL_NB_RUNS`, or `runs/` of the project."
     return _place('PCL_NB_RUNS', 'runs')
 
+def _of_profile(variable, default, profile):
+    require(isinstance(profile, str), f'profile {brief(profile)} is not a name')
+    return _place(variable, default)/profile
+
 def results_dir(
     profile:str  # profile whose results these are
 ) -> Path:
     "Where the results of runs go: `$PCL_NB_RESULTS`, or `results/` of the project, which git ignores; one folder a profile."
-    require(isinstance(profile, str), f'profile {brief(profile)} is not a name')
-    return _place('PCL_NB_RESULTS', 'results')/profile
+    return _of_profile('PCL_NB_RESULTS', 'results', profile)
 
 def figures_dir(
     profile:str  # profile whose results these are
 ) -> Path:
     "Where the committed results are: `$PCL_NB_FIGURES`, or `figures/` of the project; `pcl-reproduce --publish` alone writes there."
-    require(isinstance(profile, str), f'profile {brief(profile)} is not a name')
-    return _place('PCL_NB_FIGURES', 'figures')/profile
+    return _of_profile('PCL_NB_FIGURES', 'figures', profile)
 
 def resolve(
     path:str  # as a user typed it: relative to the current folder, or to the project's

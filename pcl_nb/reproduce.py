@@ -284,9 +284,9 @@ def summary(
         if not any(map(len, of.values())): continue
         rows.append({'claim': claim, 'the paper says': c.says})
         for p, t in of.items():
-            row = _pooled(t)
-            rows[-1].update({f'{p}: estimate': _estimate(row) if row else '', 'verdict' if len(of) == 1 else f'{p}: verdict': row.verdict or row.arrow if row else '',
-                'held in': _held(t)})
+            row, of_profile = _pooled(t), '' if len(of) == 1 else f'{p}: '
+            rows[-1].update({f'{p}: estimate': _estimate(row) if row else '',
+                f'{of_profile}verdict': row.verdict or row.arrow if row else '', f'{of_profile}held in': _held(t)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_reproduce.ipynb #e14c0011

@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'COLUMNS', 'NAME', 'settings_text', 'measurements', 'record', 'under', 'instead', 'over_runs', 'wide']
 
 # %% ../nbs/10_results.ipynb #e1a0a002
-import json, time
+import json
 from pathlib import Path
 
 import pandas as pd

@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from pcl_nb import cam, claims, erf, focus_area, methods, models
+from pcl_nb import cam, erf, focus_area, methods, models, statistics
 from pcl_nb.core import InputError
 
 STATS = (.485, .456, .406), (.229, .224, .225)
@@ -361,10 +361,10 @@ def test_flat_maps_among_others():
         found = focus_area.focus_area(model, [torch.randn(3, 32, 32), torch.randn(3, 8, 8), torch.randn(3, 32, 32)])
     assert found.coverage.isnan().tolist() == [False, True, False]
     a, b = np.array([.2, np.nan, .4, .6]), np.array([.1, .3, .2, .3])
-    draws = claims.draws(4, 50)
+    draws = statistics.draws(4, 50)
     keep = [0, 2, 3]
-    assert claims.relative(a, b, draws) == claims.relative(a[keep], b[keep], draws[:, keep])
-    assert np.isnan(claims.relative(a*np.nan, b, draws)['difference'])
+    assert statistics.relative(a, b, draws) == statistics.relative(a[keep], b[keep], draws[:, keep])
+    assert np.isnan(statistics.relative(a*np.nan, b, draws)['difference'])
 
 
 # Images in every form
