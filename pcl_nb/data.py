@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'SUB', 'TILTS', 'STRETCHES', 'SHUFFLES', 'SCENES', 'DISTRACTORS', 'HUES', 'TYPICAL', 'UNIT', 'CLUTTER',
-           'NAMES', 'SCENE_NAMES', 'MAX_BYTES', 'LARGEST', 'SKIP', 'SPLITS', 'SMALL_CAP', 'PUBLISHED',
-           'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'draw_image', 'ImageSet',
-           'draw_concepts', 'left_behind', 'walk', 'images_below', 'alike', 'folder_files', 'decode', 'OnDisk', 'Files',
-           'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name', 'check_data',
-           'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops', 'crop_boxes',
-           'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches', 'pick', 'evidence', 'Packed',
-           'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates', 'unreadable', 'overlooked',
-           'leave_out', 'main']
+           'NAMES', 'SCENE_NAMES', 'KINDS', 'MAX_BYTES', 'LARGEST', 'SKIP', 'SPLITS', 'SMALL_CAP', 'PUBLISHED',
+           'PUBLISHED_SIZES', 'DATA', 'SCHEME_NAMES', 'STATS_SAMPLE', 'BLOCK', 'sprite', 'Drawn', 'draw_image',
+           'ImageSet', 'draw_concepts', 'left_behind', 'walk', 'images_below', 'alike', 'folder_files', 'decode',
+           'OnDisk', 'Files', 'even_sample', 'load_folder', 'published_sizes', 'stands_in', 'count', 'parse_name',
+           'check_data', 'is_drawn', 'base_size', 'load', 'fingerprint', 'axis_matrix', 'apply_axes', 'draw_crops',
+           'crop_boxes', 'crop_matrices', 'channel_stats', 'check_stats', 'default_workers', 'batches', 'pick',
+           'evidence', 'Packed', 'read_index', 'pack', 'make_photographs', 'reference_loader', 'loading_rates',
+           'unreadable', 'overlooked', 'leave_out', 'main']
 
 # %% ../nbs/01_data.ipynb #44b88b9f
 import argparse, collections, contextlib, hashlib, io, json, math, multiprocessing, os, pickle, shlex, shutil, sys, tempfile
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -138,34 +139,42 @@ UNIT = 1024        # positions and sizes are drawn in 1/1024 of the image
 CLUTTER = 255      # mark of scrambled drawings in `where`
 NAMES, SCENE_NAMES = tuple(CONCEPTS), tuple(SCENES)
 
+class Drawn(NamedTuple):
+    "How images of one kind are drawn."
+    sizes:tuple        # smallest and largest drawing, in 1/1024 of the image
+    grid:int           # cells along an axis; a drawing a cell
+    distractors:int    # drawings of concepts that do not belong to the class; all but the first are scrambled
+
+KINDS = {'scenes': Drawn((320, 352), 3, 1), 'objects': Drawn((320, 352), 3, 1), 'scenes_hard': Drawn((224, 256), 4, 6)}
+
 def draw_image(
-    kind:str,              # 'scenes' or 'objects'
+    kind:str,              # in `KINDS`
     label:int,             # index into the kind's classes
     rng,                   # NumPy generator: all that varies
     px:int,                # height and width, pixels
-    sizes=(320, 352),      # smallest and largest drawing, in 1/1024 of the image
 ) -> tuple:  # image (px,px,3) uint8; where (px,px) uint8: 0 background, 1 + concept index, or `CLUTTER`
     "One image of the concept data and its ground truth."
-    if kind == 'scenes': scene = SCENE_NAMES[label]
+    sizes, grid, distractors = KINDS[kind]
+    if kind != 'objects': scene = SCENE_NAMES[label]
     else:
         having = [s for s in SCENES if NAMES[label] in SCENES[s]]
         scene = having[rng.integers(len(having))]
-    concepts = list(SCENES[scene]) + [DISTRACTORS[scene][rng.integers(len(DISTRACTORS[scene]))]]
-    intact = [True]*4 + [bool(rng.integers(2))] if kind == 'scenes' else [c == NAMES[label] for c in concepts]
+    concepts = list(SCENES[scene]) + [DISTRACTORS[scene][rng.integers(len(DISTRACTORS[scene]))] for _ in range(distractors)]
+    intact = [c == NAMES[label] for c in concepts] if kind == 'objects' else [True]*4 + [bool(rng.integers(2))] + [False]*(distractors - 1)
     image = np.empty((px, px, 3), np.int32)
     wall, floor, horizon = rng.integers(190, 246, 3), rng.integers(190, 246, 3), rng.integers(UNIT//3, UNIT*3//4)*px//UNIT
     image[:horizon], image[horizon:] = wall, floor
     where = np.zeros((px, px), np.uint8)
     margin = UNIT//16
-    for concept, whole, cell in zip(concepts, intact, rng.permutation(9)):
+    for concept, whole, cell in zip(concepts, intact, rng.permutation(grid**2)):
         size, *jitter = rng.integers((sizes[0], -32, -32), (sizes[1]+1, 33, 33))
         flip, tilt, stretch, shuffle = rng.integers((2, 3, 3, 8))
         main, accent = (HUES[hues[rng.integers(len(hues))]] for hues in TYPICAL[concept])
         shade = rng.integers(-25, 26)
         n = int(size)*px//UNIT
         weights = sprite(concept, n, int(flip), int(tilt), int(stretch), -1 if whole else int(shuffle))
-        y, x = (min(max(margin + (2*i+1)*(UNIT-2*margin)//6 - int(size)//2 + int(j), margin), UNIT-margin-int(size))*px//UNIT
-                for i, j in zip(divmod(int(cell), 3), jitter))
+        y, x = (min(max(margin + (2*i+1)*(UNIT-2*margin)//(2*grid) - int(size)//2 + int(j), margin), UNIT-margin-int(size))*px//UNIT
+                for i, j in zip(divmod(int(cell), grid), jitter))
         colours = np.stack([np.zeros(3, np.int64), main+shade, accent+shade, np.full(3, 45+shade//2), np.full(3, 238)])
         place = np.s_[y:y+n, x:x+n]
         image[place] = (image[place]*weights[..., :1] + weights @ colours)//16
@@ -198,20 +207,20 @@ def _check_room(n, px):
         f'{n:,} images of {px} x {px} pixels need {need/2**30:,.0f} GB of memory, {MAX_BYTES >> 30} GB is the limit; give fewer images or a smaller size')
 
 def draw_concepts(
-    kind:str,     # 'scenes' or 'objects'
+    kind:str,     # in `KINDS`
     split:str,    # 'train' or 'val'
     n:int,        # number of images; labels go round the classes
     px:int,       # height and width, pixels
     seed:int=0    # another seed, other images
 ) -> ImageSet:
     "`n` images of the concept data; image i is the same whatever `n` is."
-    choose(kind, ('scenes', 'objects'), 'kind of concept data'); choose(split, ('train', 'val'), 'split')
+    choose(kind, KINDS, 'kind of concept data'); choose(split, ('train', 'val'), 'split')
     require(is_whole(n) and n >= 1, f'n {brief(n)} is not valid; give 1 image or more')
     require(is_whole(px) and px >= 16, f'px {brief(px)} is not valid; give 16 pixels or more')
     require(is_whole(seed) and seed >= 0, f'seed {brief(seed)} is not valid; give a whole number of 0 or more')
     _check_room(n, px)
-    classes = SCENE_NAMES if kind == 'scenes' else NAMES
-    stream = ('train', 'val').index(split)*2 + ('scenes', 'objects').index(kind)
+    classes = NAMES if kind == 'objects' else SCENE_NAMES
+    stream = ('train', 'val').index(split)*2 + (kind == 'objects') + 4*(kind == 'scenes_hard')
     images, where = np.empty((n, px, px, 3), np.uint8), np.empty((n, px, px), np.uint8)
     for i in range(n): images[i], where[i] = draw_image(kind, i % len(classes), np.random.default_rng([seed, stream, i]), px)
     labels = torch.arange(n) % len(classes)
@@ -632,7 +641,7 @@ def count(
 ) -> tuple:  # training images, validation images, classes
     "How much there is of a data set, without loading it."
     kind, where = parse_name(name)
-    if kind == 'concept': return train, val, len(SCENES if where == 'scenes' else CONCEPTS)
+    if kind == 'concept': return train, val, len(CONCEPTS if where == 'objects' else SCENES)
     if found := stands_in(name): return min(train or found[0], found[0]), min(val or found[1], found[1]), found[2]
     if kind == 'packed':
         index = read_index(where)
@@ -643,14 +652,14 @@ def count(
     return len(train), len(val), len(classes)
 
 # %% ../nbs/01_data.ipynb #44c02ac7
-DATA = 'concept_scenes', 'concept_objects', 'folder:PATH', 'places365:PATH', 'places365-small:PATH', 'imagenet:PATH', 'packed:PATH'
+DATA = 'concept_scenes', 'concept_scenes_hard', 'concept_objects', 'folder:PATH', 'places365:PATH', 'places365-small:PATH', 'imagenet:PATH', 'packed:PATH'
 
 def parse_name(
     name:str  # one of `DATA`; the published sets also without PATH
 ) -> tuple:  # 'concept', kind; or 'folder', 'places365' ..., path
     "Split a data set's name; `InputError` lists the valid forms."
     if isinstance(name, str):
-        if name in DATA[:2]: return 'concept', name.split('_')[1]
+        if name in DATA[:3]: return 'concept', name.removeprefix('concept_')
         kind, _, path = name.partition(':')
         if kind in PUBLISHED: return kind, _published_path(kind, path)
         if kind in ('folder', 'packed') and path: return kind, resolve(path)
