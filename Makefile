@@ -20,7 +20,7 @@ figures-all: $(READY)  ## every figure and table, five architectures, three runs
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.
 test: $(READY)  ## run the chapters and the index as tests, then pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9])' --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9]|data|methods|runs|train|reproduce)' --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest tests
 
 test-faults: $(READY)  ## kills, full disks, damaged files: nothing may be lost; a quarter of an hour

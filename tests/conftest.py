@@ -16,7 +16,7 @@ NBS = ROOT/'nbs'
 
 # Children that have imported the package already, but have computed nothing: cheap to start, safe to kill.
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['pcl_nb.runs', 'pcl_nb.erf'])
+processes.set_forkserver_preload(['pcl_nb.runs', 'pcl_nb.lab.measure'])
 
 
 def code_cells(notebook):

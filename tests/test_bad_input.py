@@ -13,8 +13,10 @@ from PIL import Image
 from torch import nn
 
 from conftest import NBS, check, code_cells, tagged
-from pcl_nb import cam, core, data, erf, explore, focus_area, losses, methods, models, reproduce, runs, training
-from pcl_nb.core import InputError
+from pcl_nb import cam, data, erf, focus_area, losses, methods, models, reproduce, runs, sources, training
+from pcl_nb.base import core, weights
+from pcl_nb.lab import explore
+from pcl_nb.base.core import InputError
 
 nan, inf, LONG, SNOW = math.nan, math.inf, 'x'*100_000, 'naïve ☃'
 SAYS = 'valid:', 'is not valid; give', 'is not a', 'give ', 'neither True nor False', 'not name=value', 'cannot be', 'makes one'     # one of these leads to what is valid
@@ -133,7 +135,7 @@ DATA = [[], ['unpack'], ['pack'], ['pack', 'nowhere'], ['pack', SNOW], ['pack', 
     ['check', 'packed:nowhere'], ['check', 'places365:nowhere'], ['check', 'imagenet:nowhere'],
     ['check', 'concept_scenes'], ['check', 'concept_scenes', '--skip'], ['check', 'imagenet:nowhere', '--skip'],
     ['check', 'folder:~no_such_user'], ['check', 'folder:settings.ini', '--read']]
-LINES = ([(training.main, ['--profile', 'smoke', '--quiet', *a])
+LINES = ([(runs.main, ['--profile', 'smoke', '--quiet', *a])
     for a in TRAINING] + [(reproduce.main, ['--profile', 'smoke', '--quiet', *a]) for a in REPRODUCE] + [(data.main, a) for a in DATA])
 
 
@@ -252,8 +254,8 @@ CALLS = {
         + each(lambda v: models.wrap(M.net, head=v), 'layer4', *WORDS) + [lambda: models.wrap(M.net, {'stage4': 'layer4'}, side=True)],
     'StagedClassifier': each(lambda v: M.stage_features(X, v), *WORDS) + each(lambda v: M.stage_features(X, 'stage4', v),
         *WORDS) + each(lambda v: M(X, stages=(v,)), *WORDS) + each(M.stage_head, *WORDS),
-    'models.weights_file': [lambda: models.weights_file('x', 'resnet18'), lambda: models.weights_file('places365', 'resnet34'),
-        lambda: models.weights_file('places365', None)],
+    'models.weights_file': [lambda: weights.weights_file('x', 'resnet18'), lambda: weights.weights_file('places365', 'resnet34'),
+        lambda: weights.weights_file('places365', None)],
     'data.draw_concepts': [lambda a=a: data.draw_concepts(*a)
         for a in [(v, 'train', 5, 32) for v in WORDS] + [('scenes', v, 5, 32) for v in WORDS] + [('scenes', 'train', v, 32)
             for v in (*COUNTS, 10**12)] + [('scenes', 'train', 5, v) for v in (*COUNTS, 10**6)]
@@ -291,8 +293,8 @@ CALLS = {
     'methods on tensors': each(lambda v: methods.hide_patches(X, v), [], [64], [-1], [nan], [1.5], None,
         'x') + each(lambda v: methods.hide_patches(X, [8], v), *TAUS) + [lambda: methods.fuse(Z, Z, 'x'), lambda: methods.fuse(Z, Z[:1])]
         + each(lambda v: methods.attention_dropout(FEATURES, v), *TAUS),
-    'training.recipe_for': each(training.recipe_for, *WORDS, []) + each(lambda v: training.recipe_for('smoke', v),
-        *WORDS) + options(lambda **k: training.recipe_for('smoke', **k), x=[1], arch=WORDS, data=WORDS, method=WORDS,
+    'training.recipe_for': each(runs.recipe_for, *WORDS, []) + each(lambda v: runs.recipe_for('smoke', v),
+        *WORDS) + options(lambda **k: runs.recipe_for('smoke', **k), x=[1], arch=WORDS, data=WORDS, method=WORDS,
         options=[None, 5, [], {'x': 1}, {1: 2}], seed=COUNTS[1:],
         size=[*COUNTS, 10**6], width=[0, -1, 5, nan, 'x', None, True], small_input=['x', None, 1], train=[*COUNTS, 10**12], val=COUNTS,
         data_seed=COUNTS[1:], epochs=COUNTS[1:], batch=COUNTS, lr=[-1, nan, inf, 10**400, 'x', None, True], momentum=[-1, 1, nan, 'x'],
@@ -364,8 +366,8 @@ def test_bad_files_are_left_out_by_choice(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(f'train/class 0/{n}' in said for n in names) and 'train: 4 images, 2 classes' in said
     assert (folder/data.SKIP).read_text().splitlines() == [f'train/class 0/{n}' for n in names]
-    assert len(data.load(name, 'train', 28)) == 4 and training.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '4']) == 0
-    (folder/data.SKIP).unlink(); data._load.cache_clear()
+    assert len(data.load(name, 'train', 28)) == 4 and runs.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '4']) == 0
+    (folder/data.SKIP).unlink(); sources._load.cache_clear()
     refused(lambda: data.load(name, 'train', 28), 'bomb.png')
 
 
@@ -408,12 +410,12 @@ def test_names_with_spaces_and_beyond_ascii(pictures, tmp_path, capsys):
     assert data.main(['check', name]) == 0 and 'train: 6 images, 2 classes' in capsys.readouterr().out
     assert data.main(['pack', name, str(tmp_path/f'packed {SNOW}'), '--quiet']) == 0 and data.main(['check',
         f"packed:{tmp_path/f'packed {SNOW}'}"]) == 0
-    assert training.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '6', '--out',
+    assert runs.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '6', '--out',
         str(out)]) == 0 and (out/'run.json').exists()
     P = check(NBS/'qualitative.ipynb', scenes=name, images=f'{pictures.parent}', out=str(out))
     assert len(P['images']) == 12
     before = data.fingerprint(name, 28)
     photo(tmp_path/'new.png').rename(pictures/'train'/'wood & field'/os.fsdecode(b'\xff.png'))
-    data._fingerprint.cache_clear()
-    data._load.cache_clear()
+    sources._fingerprint.cache_clear()
+    sources._load.cache_clear()
     assert data.fingerprint(name, 28) != before and len(data.load(name, 'train', 28)) == 7

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from pcl_nb import core, data, erf, focus_area, methods, models, runs, training
+from pcl_nb import data, erf, focus_area, methods, models, runs, training
+from pcl_nb.base import core
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
@@ -12,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize('method', methods.METHODS)
 def test_training_gives_finite_numbers(method, amp):
     "In each precision the metrics are finite and the weights are single precision, finite and on the GPU."
-    fitted = training.fit(training.recipe_for('smoke', method=method, amp=amp, epochs=2), device='cuda', progress=False)
+    fitted = training.fit(runs.recipe_for('smoke', method=method, amp=amp, epochs=2), device='cuda', progress=False)
     assert np.isfinite(fitted.metrics.iloc[-1]).all()
     for p in fitted.model.parameters(): assert p.is_cuda and p.dtype == torch.float32 and torch.isfinite(p).all()
 
@@ -23,16 +24,16 @@ def test_interrupted_run_resumes(tmp_path, amp):
     class Stopped(Exception): pass
     def stop(done, total):
         if done > total//2: raise Stopped
-    recipe, calls = training.recipe_for('smoke', amp=amp, epochs=2), []
-    with pytest.raises(Stopped): training.run(recipe, tmp_path, device='cuda', progress=stop)
-    fitted = training.run(recipe, tmp_path, device='cuda', progress=lambda done, total: calls.append((done, total)))
+    recipe, calls = runs.recipe_for('smoke', amp=amp, epochs=2), []
+    with pytest.raises(Stopped): runs.run(recipe, tmp_path, device='cuda', progress=stop)
+    fitted = runs.run(recipe, tmp_path, device='cuda', progress=lambda done, total: calls.append((done, total)))
     assert calls[0][0]*2 == calls[0][1] and fitted.metrics.epoch.tolist() == [1, 2]
 
 
 def test_run_of_the_gpu_loads_on_the_cpu(store):
     "A stored run is the same network wherever it is loaded."
-    recipe = training.recipe_for('smoke')
-    on_gpu = training.run(recipe, device='cuda', progress=False)
+    recipe = runs.recipe_for('smoke')
+    on_gpu = runs.run(recipe, device='cuda', progress=False)
     on_cpu = runs.trained(recipe, device='cpu', progress=False)
     for a, b in zip(on_gpu.model.parameters(), on_cpu.model.parameters()): assert torch.equal(a.cpu(), b.cpu())
 
@@ -84,7 +85,7 @@ def test_a_stream_is_measured_on_the_gpu():
 @pytest.mark.parametrize('method', methods.METHODS)
 def test_the_same_recipe_gives_the_same_bits(method):
     "Trained twice on one GPU, a network is the same to the last bit."
-    recipe = training.recipe_for('smoke', method=method, epochs=2)
+    recipe = runs.recipe_for('smoke', method=method, epochs=2)
     first, second = (training.fit(recipe, device='cuda', progress=False).model.state_dict() for _ in range(2))
     assert [k for k in first if not torch.equal(first[k], second[k])] == []
 

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.datasets import Places365
 
 from conftest import ROOT, contents
-from pcl_nb import data, models, training
-from pcl_nb.core import InputError
+from pcl_nb import data, images, runs, sources, training
+from pcl_nb.base import core
+from pcl_nb.base.core import InputError
 
 CLASSES = '/a/airfield', '/a/apartment_building/outdoor', '/b/bakery/shop'
 
@@ -29,7 +30,7 @@ def picture(path, h=40, w=50, seed=0, **how):
 
 def refresh():
     "Forget what was loaded, as a new process would."
-    for f in (data._load, data._listed, data._identity, data._fingerprint): f.cache_clear()
+    for f in (sources._load, images._listed, sources._identity, sources._fingerprint): f.cache_clear()
 
 
 @pytest.fixture
@@ -160,15 +161,15 @@ def test_what_imagenet_lacks_is_named(imagenet, what, source):
 
 def test_a_network_trains_from_disk(imagenet, monkeypatch):
     "The whole recipe on a streamed set, and on the same set in memory by way of a folder that fits."
-    recipe = training.recipe_for('smoke', data=f'imagenet:{imagenet}', train=0, val=0, batch=2, size=28)
+    recipe = runs.recipe_for('smoke', data=f'imagenet:{imagenet}', train=0, val=0, batch=2, size=28)
     fitted = training.fit(recipe, progress=False)
     assert np.isfinite(fitted.metrics.to_numpy()).all()
-    folder = training.recipe_for('smoke', data=f'folder:{imagenet}', train=0, val=0, batch=2, size=28)
+    folder = runs.recipe_for('smoke', data=f'folder:{imagenet}', train=0, val=0, batch=2, size=28)
     in_memory = training.fit(folder, progress=False)
     assert fitted.stats == in_memory.stats
     a, b = (m.filter(like='loss').to_numpy() for m in (fitted.metrics, in_memory.metrics))
     assert a.size and abs(a - b).max() < .05*abs(b).max()
-    monkeypatch.setattr(data, 'MAX_BYTES', 100); refresh()
+    monkeypatch.setattr(images, 'MAX_BYTES', 100); refresh()
     assert isinstance(data.load(f'folder:{imagenet}', 'train', 28).images, data.Files)
 
 
@@ -252,7 +253,7 @@ def test_a_packed_set_is_found_and_checked(imagenet):
     with pytest.raises(InputError, match='was packed from other images'): data.load(name, 'val', 28)
     with pytest.raises(InputError, match='begun with other images'): data.pack(name, folder, data.base_size(28))
     with open(folder/'val.bin', 'ab') as f: f.write(b'x')
-    data._read_index.cache_clear()
+    sources._read_index.cache_clear()
     with pytest.raises(InputError, match='not what was packed'): data.check_data(f'packed:{folder}')
 
 
@@ -286,7 +287,7 @@ def test_workers_stay_for_the_next_epoch(imagenet):
 def test_how_many_workers(monkeypatch):
     "None for a CPU, the share of the cores for an accelerator, or what the environment says."
     monkeypatch.delenv('PCL_NB_WORKERS', raising=False)
-    monkeypatch.setattr(data, 'cores', lambda: 16)
+    monkeypatch.setattr(core, 'cores', lambda: 16)
     assert data.default_workers('cpu') == 0 and data.default_workers('cuda') == 15
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     assert data.default_workers('cuda') == 3
@@ -315,7 +316,7 @@ def test_fingerprints_of_ordinary_layouts_stay(tmp_path, monkeypatch):
     assert (data.fingerprint(name, 32), data.fingerprint(name, 32, 2, 2)) == ('648ff1735389c52c', 'a1e1e6b7431d7d19')
     tiny(tmp_path, 'coast/._1.ppm', '.ipynb_checkpoints/1.ppm')
     assert data.fingerprint(name, 32) == '648ff1735389c52c' and data.count(name) == (4, 4, 3)
-    monkeypatch.setattr(data, 'MAX_BYTES', 1); refresh()
+    monkeypatch.setattr(images, 'MAX_BYTES', 1); refresh()
     assert data.fingerprint(name, 32) == '31089ac3c3fcdaab'
 
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from conftest import ROOT, processes
-from pcl_nb import core, losses, methods, models, training
+from pcl_nb import methods, models, runs, training
+from pcl_nb.base import core, distributed
 
 SECONDS = 300  # nothing takes this long, unless it hangs
 # Every method, with both sides trained and the other forms of CPC; the batch also in two micro-batches.
@@ -44,7 +45,7 @@ def gradient(name, options, accumulate):
     model = method.prepare(network(method.side)).double()
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(12, 3, 32, 32, generator=g, dtype=torch.float64), torch.randint(16, (12,), generator=g)
-    rank, ranks = losses.shard()
+    rank, ranks = distributed.shard()
     with core.seeded('step'):
         _, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks],
             accumulate=accumulate)
@@ -56,7 +57,7 @@ def normed_gradient():
     method = methods.get_method('pcl')
     with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision').double().eval()
     x, y = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.arange(4)
-    rank, ranks = losses.shard()
+    rank, ranks = distributed.shard()
     _, items = training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks])
     return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([*items.values()])
 
@@ -66,13 +67,13 @@ def statistics(name):
     method = methods.get_method(name)
     with core.seeded('resnet'): model = models.create_model('resnet18', 5, width=.25, small_input=True, side=True, init='torchvision')
     x, y = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
-    rank, ranks = losses.shard()
+    rank, ranks = distributed.shard()
     training.train_step(model, method, torch.optim.SGD(model.parameters(), .1), x[rank::ranks], y[rank::ranks])
     return torch.cat([b.flatten().double() for b in model.buffers()])
 
 
-SMOKE = training.recipe_for('smoke', method='pcl', train=32, val=32, epochs=2, validate_every=1)
-OWN = training.recipe_for('smoke', arch='custom', method='pcl', train=32, val=21, epochs=2, validate_every=1)
+SMOKE = runs.recipe_for('smoke', method='pcl', train=32, val=32, epochs=2, validate_every=1)
+OWN = runs.recipe_for('smoke', arch='custom', method='pcl', train=32, val=21, epochs=2, validate_every=1)
 
 
 def trained(recipe, model=None):
@@ -93,9 +94,9 @@ def member(folder, rank, ranks):
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks)
     found = dict(steps=[gradient(*s) for s in STEPS], normed=normed_gradient(),
         statistics=[statistics(n) for n in ('baseline', 'pcl', 'amloss')], own=trained(OWN, network(True)), smoke=trained(SMOKE),
-        refused=[refused(training.recipe_for('smoke', **c))
+        refused=[refused(runs.recipe_for('smoke', **c))
             for c in (dict(batch=15), dict(accumulate=16), dict(sync_bn=True), dict(lr=1e6))],
-        sizes=[tuple(losses.joint(torch.full((2, 3), float(rank)))[:, 0].tolist())])
+        sizes=[tuple(distributed.joint(torch.full((2, 3), float(rank)))[:, 0].tolist())])
     torch.save(found, folder/f'{rank}.pt')
     dist.destroy_process_group()
 
@@ -166,7 +167,7 @@ def test_what_does_not_divide_is_refused_everywhere(group):
 def launch(folder, *args, ranks=2, device='cpu'):
     "torchrun on this machine, in a session of its own."
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), '-m',
-        'pcl_nb.training', '--profile', 'smoke',
+        'pcl_nb.train', '--profile', 'smoke',
                              '--device', device, '--quiet', '--out', folder, *args], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -204,9 +205,9 @@ def test_killed_process_ends_the_run_and_another_number_goes_on(tmp_path):
     assert 1 <= state['epoch'] < 40 and all(torch.isfinite(v).all() for v in state['model'].values())
     # the rest of it would take long: the same checkpoint as one of a run that is nearly done
     calls = []
-    recipe = training.recipe_for('smoke', method='pcl', epochs=state['epoch'] + 1)
+    recipe = runs.recipe_for('smoke', method='pcl', epochs=state['epoch'] + 1)
     torch.save(dict(state, key=recipe.key), checkpoint)
-    fitted = training.run(recipe, tmp_path, device='cpu', progress=lambda done, total: calls.append((done, total)))
+    fitted = runs.run(recipe, tmp_path, device='cpu', progress=lambda done, total: calls.append((done, total)))
     assert calls[0][0]*recipe.epochs == calls[0][1]*state['epoch'], 'resumed, not started anew'
     assert fitted.metrics.epoch.tolist() == [*range(1, recipe.epochs + 1)] and np.isfinite(fitted.metrics.iloc[-1]).all()
     assert not checkpoint.exists() and json.loads((tmp_path/'run.json').read_text())['processes'] == 1
@@ -219,7 +220,7 @@ def test_torchrun_stores_one_run(tmp_path):
     assert process.returncode == 0, said
     assert out.count('top-1') == 1 and json.loads((tmp_path/'run.json').read_text())['processes'] == 2
     def never(*args): raise AssertionError('trained again')
-    assert np.isfinite(training.run(training.recipe_for('smoke'), tmp_path, device='cpu', progress=never).metrics.iloc[-1]).all()
+    assert np.isfinite(runs.run(runs.recipe_for('smoke'), tmp_path, device='cpu', progress=never).metrics.iloc[-1]).all()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from conftest import NBS, papermill, printed
-from pcl_nb import claims, results
+from pcl_nb import claims
+from pcl_nb.lab import results
 
 SIZES = {'focus': .2, 'erf stage3': 100., 'erf stage4': 150., 'top1': .9, 'shrunk': .1, 'misled': .02, 'coupling': 1., 'positive stage4': .3}
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from conftest import NBS, check, contents, papermill
-from pcl_nb import claims, core, methods, reproduce, results, training
+from pcl_nb import claims, methods, reproduce, runs, training
+from pcl_nb.base import core
+from pcl_nb.lab import results
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +100,7 @@ def test_open_choices_of_one_run_have_no_verdicts(smoke, tmp_path):
 def test_second_branch_apart_is_fixed_by_the_seed():
     "A recipe gives the same branch B each time, another than the copy's and another seed's; branch A is the copy's."
     def built(seed=0, **options):
-        recipe = training.recipe_for('smoke', method='acol', options=options, seed=seed)
+        recipe = runs.recipe_for('smoke', method='acol', options=options, seed=seed)
         return training.build_model(recipe, 16).state_dict()
     apart, again, copied, other = built(branch_b='apart'), built(branch_b='apart'), built(), built(1, branch_b='apart')
     assert all(torch.equal(apart[k], again[k]) for k in apart)

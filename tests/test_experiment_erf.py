@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from conftest import NBS, check, contents, papermill, printed
-from pcl_nb import claims, core, plots, results
+from pcl_nb import claims, plots, runs
+from pcl_nb.base import core
+from pcl_nb.lab import results
 
 NOTEBOOK = NBS/'erf.ipynb'
 FIGURES = {'fig6': plots.FIG6, 'fig7': plots.FIG7, 'fig8': plots.FIG8, 'fig9': plots.FIG9}  # histogram figures and their networks
@@ -58,7 +60,7 @@ def test_every_run_is_measured(smoke):
     assert set(default[default.quantity == 'top1'].groupby('network').size().items()) == {(n, 4 if n == 'scenes' else 2) for n in plots.NETWORKS}
     assert set(default.quantity) == {'top1', *(f'{q} {s}' for q in ('erf', 'erf70') for s in ('stage3', 'stage4'))}
     sized = table[table.quantity != 'top1']
-    assert (sized.low <= sized.high).all() and sized.images.eq(core.PROFILES['smoke'].images).all()
+    assert (sized.low <= sized.high).all() and sized.images.eq(runs.PROFILES['smoke'].images).all()
     others = table[table.settings != '']
     assert set(zip(others.network, others.settings)) == {(n, f'images_from={f}') for n in ('scenes', 'objects') for f in ('objects', 'own')}
     assert {p.stem for p in smoke.results.glob('*.csv')} == {'measurements', *(f'fig{i}_resnet18' for i in range(5, 10))}
@@ -171,7 +173,7 @@ def test_unknown_parameter_ends_the_run(tmp_path):
 
 def test_defaults_are_valid():
     "The parameters cell itself passes, and -1 becomes the profile's value."
-    assert check(NOTEBOOK)['images'] == core.PROFILES['smoke'].images and check(NOTEBOOK, images=5)['images'] == 5
+    assert check(NOTEBOOK)['images'] == runs.PROFILES['smoke'].images and check(NOTEBOOK, images=5)['images'] == 5
 
 
 @pytest.mark.parametrize('name, value, named', [

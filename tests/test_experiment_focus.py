@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from conftest import NBS, check, contents, papermill, printed
-from pcl_nb import claims, core, focus_area, plots, reproduce, results
+from pcl_nb import claims, focus_area, plots, reproduce
+from pcl_nb.base import core
+from pcl_nb.lab import results
 
 NAMES = 'focus_area', 'qualitative', 'target_class'
 

@@ -9,7 +9,9 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from conftest import NBS, check, papermill, printed
-from pcl_nb import core, data, erf, models, reproduce, runs
+from pcl_nb import data, erf, models, reproduce, runs, sources
+from pcl_nb.base import core
+from pcl_nb.lab import jobs
 
 NOTEBOOK = NBS/'initialisation.ipynb'
 
@@ -90,7 +92,7 @@ def test_changed_photographs_are_seen(tmp_path):
         for split in ('train', 'val'):
             (tmp_path/'photos'/split/'a').mkdir(parents=True, exist_ok=True)
             to_pil_image(torch.full((3, 40, 40), shade/255)).save(tmp_path/'photos'/split/'a'/f'{shade}.png')
-        data._fingerprint.cache_clear()                    # kept within a process
+        sources._fingerprint.cache_clear()                    # kept within a process
         job = reproduce.Job('initialisation', dict(scenes=f"folder:{tmp_path/'photos'}"))
-        return reproduce._receipt(job, {}, tmp_path)
+        return jobs._receipt(job, {}, tmp_path)
     assert receipt(10) != receipt(20)

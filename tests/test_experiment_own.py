@@ -4,7 +4,8 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from conftest import NBS, check, papermill, printed
-from pcl_nb import core, data
+from pcl_nb import data, methods, models, training
+from pcl_nb.base import core
 
 NOTEBOOK = NBS/'your_own.ipynb'
 SMALL = dict(train=32, val=32, size=32, epochs=1)
@@ -37,7 +38,6 @@ def test_bad_value_is_refused_in_one_line(given, named):
 
 def test_the_loop_in_the_text_trains_as_the_package_does():
     "`losses` with one backward pass gives the gradients of `training.train_step`."
-    from pcl_nb import methods, models, training
     grads = []
     for own in (True, False):
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from conftest import NBS, check, papermill
-from pcl_nb import core
+from pcl_nb.base import core
 
 
 @pytest.mark.parametrize('name, value, named', [

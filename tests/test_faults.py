@@ -2,7 +2,6 @@
 
 Afterwards nothing is wrong: results are those of an undisturbed run, what cannot be used is set aside with a warning, no lock is left behind.
 """
-import hashlib
 import itertools
 import json
 import os
@@ -19,11 +18,12 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT, contents, processes
-from pcl_nb import core, data, runs, training
+from pcl_nb import runs, training
+from pcl_nb.lab import results
 from test_training import QUICK, SLOW, finished, outcome, start, weights
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
-CLI = [sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise', '--train', str(SLOW.train),
+CLI = [sys.executable, '-m', 'pcl_nb.train', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise', '--train', str(SLOW.train),
     '--epochs', str(SLOW.epochs), '--quiet']
 CUTS = 0, 1, 2, .25, .5, .75, -1      # bytes that are left, or their share; -1: all but one
 
@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory):
     found = {}
     for recipe in (SLOW, QUICK):
         folder = tmp_path_factory.mktemp('undisturbed')
-        found[recipe.key] = outcome(training.run(recipe, folder, progress=False), folder)
+        found[recipe.key] = outcome(runs.run(recipe, folder, progress=False), folder)
     return found
 
 
@@ -62,7 +62,7 @@ def killed_at_each_write(function, *args):
         yield n
 
 
-def train(recipe, folder): training.run(recipe, folder, progress=False)
+def train(recipe, folder): runs.run(recipe, folder, progress=False)
 
 
 @pytest.mark.parametrize('recipe', [QUICK, SLOW], ids=['one epoch', 'five epochs'])
@@ -72,10 +72,10 @@ def test_training_killed_at_each_write(tmp_path, undisturbed, recipe, record_pro
     for n in killed_at_each_write(train, recipe, tmp_path/'run'):      # goes on from where the last one died, too
         alone = tmp_path/f'alone-{n}'
         child = start(mortal, n, processes.Value('i', 0), train, recipe, alone); child.join(120)
-        assert outcome(training.run(recipe, alone, progress=False), alone) == undisturbed[recipe.key]
+        assert outcome(runs.run(recipe, alone, progress=False), alone) == undisturbed[recipe.key]
         assert sorted(p.name for p in alone.iterdir() if p.name not in ('.lock', 'progress')) == ['metrics.csv', 'run.json', 'weights.pt']
         deaths += 1
-    assert deaths >= 6 and outcome(training.run(recipe, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[recipe.key]
+    assert deaths >= 6 and outcome(runs.run(recipe, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[recipe.key]
 
 
 def test_training_killed_at_random_moments(tmp_path, undisturbed):
@@ -89,11 +89,11 @@ def test_training_killed_at_random_moments(tmp_path, undisturbed):
         except subprocess.TimeoutExpired: process.kill(); process.wait(); deaths += 1
         if (tmp_path/'killed'/'run.json').exists(): break
     assert deaths >= 1
-    assert outcome(training.run(SLOW, tmp_path/'killed', progress=False), tmp_path/'killed') == undisturbed[SLOW.key]
+    assert outcome(runs.run(SLOW, tmp_path/'killed', progress=False), tmp_path/'killed') == undisturbed[SLOW.key]
 
 
 def save(folder, value):
-    core.save_result(folder, 'result', pd.DataFrame(dict(value=[value]*3)), None, value=value)
+    results.save_result(folder, 'result', pd.DataFrame(dict(value=[value]*3)), None, value=value)
 
 
 def test_result_killed_at_each_write(tmp_path):
@@ -130,10 +130,10 @@ def damaged(original: bytes, chance) -> list:
 @pytest.mark.parametrize('name', ['weights.pt', 'metrics.csv', 'run.json'])
 def test_damage_to_a_stored_run(tmp_path, undisturbed, name):
     "Found out, said, set aside, trained again."
-    training.run(QUICK, tmp_path, progress=False)
+    runs.run(QUICK, tmp_path, progress=False)
     for spoilt in damaged((tmp_path/name).read_bytes(), random.Random(name)):
         (tmp_path/name).write_bytes(spoilt)
-        with pytest.warns(UserWarning, match='is damaged.*set aside as'): again = training.run(QUICK, tmp_path, progress=False)
+        with pytest.warns(UserWarning, match='is damaged.*set aside as'): again = runs.run(QUICK, tmp_path, progress=False)
         assert outcome(again, tmp_path) == undisturbed[QUICK.key]
 
 
@@ -142,19 +142,19 @@ def test_damage_to_a_checkpoint(tmp_path, undisturbed):
     checkpoint = tmp_path/'run'/'checkpoint.pt'
     def two_epochs(done, total):
         if done*SLOW.epochs > 2*total: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): training.run(SLOW, tmp_path/'run', progress=two_epochs)
+    with pytest.raises(KeyboardInterrupt): runs.run(SLOW, tmp_path/'run', progress=two_epochs)
     original = checkpoint.read_bytes()
     for spoilt in damaged(original, random.Random(1)):
         for f in (tmp_path/'run').glob('[!.]*'): f.unlink()
         checkpoint.write_bytes(spoilt)
         with pytest.warns(UserWarning, match='checkpoint .* cannot be read.*set aside'):
-            fitted = training.run(SLOW, tmp_path/'run', progress=False)
+            fitted = runs.run(SLOW, tmp_path/'run', progress=False)
         assert outcome(fitted, tmp_path/'run') == undisturbed[SLOW.key]
     for f in (tmp_path/'run').glob('[!.]*'): f.unlink()
     checkpoint.write_bytes(original)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert outcome(training.run(SLOW, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[SLOW.key]
+        assert outcome(runs.run(SLOW, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[SLOW.key]
 
 
 def test_damage_to_a_measurement(store):
@@ -183,7 +183,7 @@ def test_no_room_on_the_disk(tmp_path, undisturbed, size):
     done = subprocess.run([*CLI, '--out', tmp_path/'run'], cwd=ROOT, preexec_fn=limited(size), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('error: '), done.stderr[-500:]
     assert 'Traceback' not in done.stderr and not (tmp_path/'run'/'run.json').exists()
-    assert outcome(training.run(SLOW, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[SLOW.key]
+    assert outcome(runs.run(SLOW, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[SLOW.key]
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -217,9 +217,9 @@ def test_clock_that_goes_backwards(tmp_path, undisturbed, monkeypatch):
     "Nothing is decided by the time of day."
     now = itertools.count()
     monkeypatch.setattr(time, 'time', lambda: 2e9 - 3600*next(now))
-    assert outcome(training.run(QUICK, tmp_path, progress=False), tmp_path) == undisturbed[QUICK.key]
+    assert outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path) == undisturbed[QUICK.key]
     for f in tmp_path.iterdir(): os.utime(f, (2e9, 2e9))
-    assert outcome(training.run(QUICK, tmp_path, progress=False), tmp_path) == undisturbed[QUICK.key]
+    assert outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path) == undisturbed[QUICK.key]
 
 
 def reproduce(folder, **how):

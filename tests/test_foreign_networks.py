@@ -10,8 +10,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from pcl_nb import cam, erf, focus_area, methods, models, statistics
-from pcl_nb.core import InputError
+from pcl_nb import cam, erf, focus_area, methods, models, speedups, statistics
+from pcl_nb.base.core import InputError
 
 STATS = (.485, .456, .406), (.229, .224, .225)
 ONE = {'stage4': 'body'}
@@ -113,7 +113,7 @@ def test_pairs_are_folded_only_if_called_once():
         def forward(self, x): return self.fc((self.body(x) + 0*self.body[1](self.body[0](x)).mean()).mean((2, 3)))
     model, x = models.wrap(Shared().double().eval(), {'stage4': 'body.4'}, 'fc'), torch.randn(2, 3, 64, 64).double()
     want = model(x)
-    with models.folded(model): assert model._pairs == [] and torch.equal(model(x), want)
+    with speedups.folded(model): assert model._pairs == [] and torch.equal(model(x), want)
 
 
 # Sizes
@@ -145,7 +145,7 @@ def test_fixed_input_size():
             return super().forward(x)
     model = models.wrap(Fixed(), ONE, 'fc')
     assert model.input_shape == (3, 299, 299)
-    with models.folded(model): assert len(model._pairs) == 1                     # found with images that it takes
+    with speedups.folded(model): assert len(model._pairs) == 1                     # found with images that it takes
     refused(lambda: focus_area.focus_area(model, torch.randn(1, 3, 64, 64)), 'does at 299x299 px')
     refused(lambda: erf.impact_map(model, torch.randn(1, 3, 64, 64)), 'does at 299x299 px')
     refused(lambda: models.wrap(Fixed(), ONE, 'fc', size=224), 'does not run on images of 224x224 px', 'takes (299, 299)', 'give size=')

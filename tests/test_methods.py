@@ -5,7 +5,8 @@ import pytest
 import torch
 import torchvision
 
-from pcl_nb import core, methods, models, training
+from pcl_nb import methods, models, runs, training
+from pcl_nb.base import core
 
 ERASING = tuple(methods.OFFICIAL)
 
@@ -28,13 +29,13 @@ def same(a, b):
 @pytest.mark.parametrize('name', ERASING)
 def test_run_is_resumed_stored_and_loaded(tmp_path, name):
     "A run that was interrupted ends with the weights of one that was not; what is loaded is the same network."
-    recipe = training.recipe_for('smoke', method=name, epochs=2)
+    recipe = runs.recipe_for('smoke', method=name, epochs=2)
     whole = training.fit(recipe, progress=False)
-    with pytest.raises(Stopped): training.run(recipe, tmp_path, progress=stop_in_second_epoch)
+    with pytest.raises(Stopped): runs.run(recipe, tmp_path, progress=stop_in_second_epoch)
     calls = []
-    resumed = training.run(recipe, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    resumed = runs.run(recipe, tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert calls[0][0]*2 == calls[0][1], 'resumed behind the first epoch'
-    loaded = training.load_run(tmp_path, recipe)
+    loaded = runs.load_run(tmp_path, recipe)
     assert same(resumed.model, whole.model) and same(loaded.model, whole.model)
     images = torch.randn(4, 3, 28, 28)
     whole.model.to('cpu', memory_format=torch.contiguous_format)  # sums in another order would round differently
@@ -46,9 +47,9 @@ def test_own_network_with_two_branches_is_stored_and_loaded(tmp_path):
     def own():
         return models.wrap(torchvision.models.regnet_y_400mf(num_classes=16),
             {'stage3': 'trunk_output.block3', 'stage4': 'trunk_output.block4'})
-    recipe = training.recipe_for('smoke', arch='custom', method='acol', size=64, train=16, val=16)
-    trained = training.run(recipe, tmp_path, own(), progress=False).model
-    assert isinstance(trained, methods.TwoBranch) and same(training.load_run(tmp_path, recipe, own()).model, trained)
+    recipe = runs.recipe_for('smoke', arch='custom', method='acol', size=64, train=16, val=16)
+    trained = runs.run(recipe, tmp_path, own(), progress=False).model
+    assert isinstance(trained, methods.TwoBranch) and same(runs.load_run(tmp_path, recipe, own()).model, trained)
 
 
 @pytest.mark.parametrize('arch', models.ARCHS)
@@ -81,7 +82,7 @@ def test_each_architecture_takes_a_step(arch, name, official):
 @pytest.mark.parametrize('name', ERASING)
 def test_mixed_precision_trains(name):
     "Masks and fusions survive autocast."
-    metrics = training.fit(training.recipe_for('smoke', method=name, amp='bf16', train=32, val=16), device='cpu', progress=False).metrics
+    metrics = training.fit(runs.recipe_for('smoke', method=name, amp='bf16', train=32, val=16), device='cpu', progress=False).metrics
     assert metrics.filter(like='loss').notna().all().all()
 
 
@@ -92,5 +93,5 @@ def test_mixed_precision_trains(name):
 ])
 def test_recipe_refuses_bad_settings(name, options, message):
     "In one line, before anything is computed."
-    with pytest.raises(core.InputError, match=message) as e: training.recipe_for('smoke', method=name, options=options)
+    with pytest.raises(core.InputError, match=message) as e: runs.recipe_for('smoke', method=name, options=options)
     assert '\n' not in str(e.value)

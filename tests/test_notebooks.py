@@ -13,10 +13,9 @@ from packaging.requirements import Requirement
 
 from conftest import NBS, ROOT, code_cells, contents, tagged
 
-CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb'))
+LAYERS = 'base', '', 'lab', 'names'       # folders of chapters: a module imports what stands before it
+CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb')) + sorted(p for layer in LAYERS if layer for p in (NBS/layer).glob('*.ipynb'))
 EXPERIMENTS = sorted(p for p in NBS.glob('*.ipynb') if p not in CHAPTERS and p.name != 'index.ipynb')
-EXPECTED = {'00_core', '01_data', '02_models', '03_cam', '04_losses', '05_methods', '06_training', '07_runs', '08_focus_area', '09_erf',
-    '12_plots', '13_claims', '14_reproduce', '15_explore'}
 
 
 def each(notebooks):
@@ -25,13 +24,14 @@ def each(notebooks):
 
 
 def number(notebook):
-    "The chapter's number."
-    return int(notebook.stem.split('_')[0])
+    "The chapter's number; 0 where chapters have none."
+    first = notebook.stem.split('_')[0]
+    return int(first) if first.isdigit() else 0
 
 
 def module_of(notebook):
     "The module that a notebook exports, or None."
-    found = re.findall(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in code_cells(notebook)), re.M)
+    found = re.findall(r'^#\s*\|\s*default_exp\s+([\w.]+)', '\n'.join(c.source for c in code_cells(notebook)), re.M)
     return found[0] if found else None
 
 
@@ -40,10 +40,11 @@ def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(filter(None, ('pcl_nb' if node.level else '', node.module)))
-            names = [base] if base != 'pcl_nb' else [f'pcl_nb.{a.name}' for a in node.names]
+            here = ('pcl_nb', *path.relative_to(ROOT/'pcl_nb').parts[:-1])[:None if node.level < 2 else 1 - node.level]
+            base = '.'.join(filter(None, (*(here if node.level else ()), node.module)))
+            names = [base] if base not in ('pcl_nb', 'pcl_nb.base', 'pcl_nb.lab') else [f'{base}.{a.name}' for a in node.names]
         else: continue
-        yield from (n.split('.')[1] for n in names if n.startswith('pcl_nb.'))
+        yield from (n.removeprefix('pcl_nb.') for n in names if n.startswith('pcl_nb.'))
 
 
 def checked_names(notebook):
@@ -80,16 +81,17 @@ def test_clean_and_export_change_nothing(tmp_path):
         and before.get(n) != after.get(n)] == []
 
 
-def test_chapters_are_there():
-    "Every chapter that others build on exists, under its number."
-    assert EXPECTED <= {p.stem for p in CHAPTERS}
+def test_layers_are_there():
+    "Base, paper, lab, and the names at the top."
+    assert {p.parent.name for p in CHAPTERS} == {'nbs', *filter(None, LAYERS)}
 
 
 @each(CHAPTERS)
 def test_chapter_exports_the_module_of_its_name(notebook):
-    "Chapter NN_x exports pcl_nb/x.py."
-    name = notebook.stem.split('_', 1)[1]
-    assert module_of(notebook) == name and (ROOT/'pcl_nb'/f'{name}.py').exists()
+    "Chapter lab/NN_x exports pcl_nb/lab/x.py; nbs/names stands at the top of the package."
+    name, layer = re.sub(r'^\d+_', '', notebook.stem), notebook.parent.name
+    assert module_of(notebook) == (f'{layer}.{name}' if layer in ('base', 'lab') else name)
+    assert (ROOT/'pcl_nb'/f"{module_of(notebook).replace('.', '/')}.py").exists()
 
 
 @each(CHAPTERS + EXPERIMENTS)
@@ -99,13 +101,19 @@ def test_first_cell_is_title_and_summary(notebook):
     assert first.cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S.*(\n\n|$)', first.source)
 
 
+def place(notebook):
+    "Layer and number of a chapter."
+    folder = notebook.parent.name
+    return LAYERS.index('' if folder == 'nbs' else folder), number(notebook)
+
+
 @each(CHAPTERS)
 def test_chapter_imports_only_chapters_above_it(notebook):
-    "Data flows one way: no module knows a later one."
-    chapter = {module_of(p): number(p) for p in CHAPTERS}
-    used = {name: chapter[name] for name in imported_modules(ROOT/'pcl_nb'/f'{module_of(notebook)}.py')}
-    assert used or number(notebook) == 0, 'every chapter but the first uses another'
-    assert {n: c for n, c in used.items() if c >= number(notebook)} == {}
+    "Data flows one way: a layer knows those below it, a chapter those above it."
+    chapter = {module_of(p): place(p) for p in CHAPTERS}
+    used = {name: chapter[name] for name in imported_modules(ROOT/'pcl_nb'/f"{module_of(notebook).replace('.', '/')}.py")}
+    assert used or place(notebook) in {(LAYERS.index(''), n) for n in range(len(chapter))} | {(0, 0)}
+    assert {n: c for n, c in used.items() if c >= place(notebook)} == {}
 
 
 @each(CHAPTERS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from pcl_nb import data, training
+from pcl_nb import data, runs, training
 
 PHOTOS = '../shared/data/photos'
 pytestmark = pytest.mark.skipif(not (ROOT/PHOTOS).is_dir(), reason=f'{PHOTOS} is not there')
@@ -37,7 +37,7 @@ def test_photographs_become_normalised_batches(name):
 
 def test_a_network_trains_on_photographs(name):
     "One short epoch: all numbers are finite, and the weights have moved."
-    recipe = training.recipe_for('smoke', data=name, train=100, val=40)
+    recipe = runs.recipe_for('smoke', data=name, train=100, val=40)
     fitted = training.fit(recipe, progress=False)
     assert len(fitted.classes) == 20 and np.isfinite(fitted.metrics.to_numpy()).all()
     start = training.build_model(recipe, 20).head.weight

@@ -12,10 +12,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
 from conftest import contents
-from pcl_nb import cam, core, erf, focus_area, losses, methods, models, runs, training
+from pcl_nb import cam, erf, focus_area, losses, methods, models, runs, training
+from pcl_nb.base import core
 
 always = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-QUICK = training.recipe_for('smoke')
+QUICK = runs.recipe_for('smoke')
 STATS = (.5,)*3, (.25,)*3       # mean, std of a normalisation
 
 
@@ -253,7 +254,7 @@ STEPS = dict(simple=[.05, .0480970, .0426777, .0345671, .025, .0154329, .0073223
 def test_schedules_are_the_papers():
     "Rates at the beginning of epochs of both full recipes, and what else the appendix fixes."
     for scheme, table, epochs, decay in (('simple', COSINE, 40, 2e-4), ('complex', STEP, 80, 1e-4)):
-        r = training.recipe_for('paper', scheme, data='concept_scenes', train=1, val=1)
+        r = runs.recipe_for('paper', scheme, data='concept_scenes', train=1, val=1)
         assert (r.epochs, r.weight_decay, r.lr, r.momentum, r.batch, r.size) == (epochs, decay, .1, .9, 256, 224)
         for epoch, rate in table.items():
             assert math.isclose(training.learning_rate(scheme, r.lr, epoch/epochs, r.gamma), rate, rel_tol=1e-5)
@@ -267,7 +268,7 @@ def test_each_step_takes_its_rate(monkeypatch, scheme):
         seen.append((optimizer.param_groups[0]['lr'], optimizer.param_groups[0]['momentum'], optimizer.param_groups[0]['weight_decay']))
         return step(model, method, optimizer, *args)
     monkeypatch.setattr(training, 'train_step', look)
-    recipe = training.recipe_for('smoke', scheme, **(dict(epochs=2) if scheme == 'simple' else dict(epochs=8, train=16)))
+    recipe = runs.recipe_for('smoke', scheme, **(dict(epochs=2) if scheme == 'simple' else dict(epochs=8, train=16)))
     fitted = training.fit(recipe, device='cpu', progress=False)
     assert np.allclose([s[0] for s in seen], STEPS[scheme],
         rtol=1e-4) and {s[1:] for s in seen} == {(.9, training.SCHEMES[scheme].weight_decay)}

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from conftest import NBS, ROOT, code_cells, contents
-from pcl_nb import core, reproduce, results
+from pcl_nb import reproduce
+from pcl_nb.base import core
+from pcl_nb.lab import jobs, results
 
 
 def command(folder, *args):
@@ -24,7 +26,7 @@ def command(folder, *args):
 def test_every_experiment_says_what_it_trains_before_it_trains():
     "One cell assigns `recipes`, and it trains nothing: what all figures need can be gathered first."
     for notebook in {f['experiment'] for f in reproduce.manifest()['figures'].values()}:
-        cells = [c for c in code_cells(NBS/f'{notebook}.ipynb') if reproduce._assigns(c.source, 'recipes')]
+        cells = [c for c in code_cells(NBS/f'{notebook}.ipynb') if jobs._assigns(c.source, 'recipes')]
         assert cells and 'accuracies' not in cells[0].source and 'trained(' not in cells[0].source.replace('is_trained(', '')
 
 
@@ -67,7 +69,7 @@ def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatc
     real = reproduce.recipes_of
     def one_diverges(job):
         return {k: replace(r, lr=1e6) if job.notebook == 'qualitative' and r.method == 'pcl' else r for k, r in real(job).items()}
-    monkeypatch.setattr(reproduce, 'recipes_of', one_diverges)
+    monkeypatch.setattr(jobs, 'recipes_of', one_diverges)
     jobs = reproduce.plan(['fig4', 'fig6'], 'smoke', ['resnet18'])
     table = reproduce.reproduce(jobs, core.results_dir('smoke'), progress=False).set_index('notebook').state
     assert table['erf'] == 'done' and table['qualitative'].startswith('failed: resnet18') and 'Try a lower learning rate' in table['qualitative']
@@ -107,8 +109,8 @@ def saved(folder, rows=None, bins=20, share=.5, **columns):
     "Results as an experiment writes them: a curve, an untrained map, measurements."
     curve = pd.DataFrame([dict(arch='resnet18', network=n, bin=b, share=share/(b + 1), **columns) for n in ('scenes', 'pcl') for b in range(bins)])
     impact = pd.DataFrame([dict(arch='resnet18', network='init', y=y, x=x, impact=y*x + .5) for y in range(4) for x in range(4)])
-    core.save_result(folder, 'fig2', curve, parameters=dict(scenes='concept_scenes', repeats={'': 2}))
-    core.save_result(folder, 'fig5_resnet18', impact)
+    results.save_result(folder, 'fig2', curve, parameters=dict(scenes='concept_scenes', repeats={'': 2}))
+    results.save_result(folder, 'fig5_resnet18', impact)
     results.record(folder, measured() if rows is None else rows, 'focus_area')
     return folder
 
@@ -183,8 +185,8 @@ def test_measurements_that_are_gone_are_made_again(tmp_path, store):
     (store.runs/recipe.key/'run.json').write_text('{"sha256": ""}')
     folder = saved(store.results/'smoke', [dict(r, run=recipe.key) for r in measured(1)])
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(reproduce, 'is_trained', lambda r: True)
-        reproduce._note(job, needs, folder)
+        m.setattr(jobs, 'is_trained', lambda r: True)
+        jobs._note(job, needs, folder)
         assert reproduce.up_to_date(job, needs, folder)
         results.record(folder, [dict(r, run=recipe.key) for r in measured(3)[2:]], 'erf')
         assert reproduce.up_to_date(job, needs, folder)
@@ -197,7 +199,9 @@ def test_measurements_that_are_gone_are_made_again(tmp_path, store):
 
 
 STUB = """import pandas as pd
-from pcl_nb import core
+from pcl_nb import reproduce
+from pcl_nb.base import core
+from pcl_nb.lab import jobs, results, store
 before = {*globals(), 'before'}
 #
 profile: str = 'embedded'
@@ -206,7 +210,7 @@ out: str = ''
 #
 recipes = {}
 #
-core.save_result(core.resolve(out) if out else core.results_dir(profile), 'initialisation', pd.DataFrame(dict(arch=archs.split(','), share=.5)))"""
+results.save_result(core.resolve(out) if out else core.results_dir(profile), 'initialisation', pd.DataFrame(dict(arch=archs.split(','), share=.5)))"""
 
 
 def test_a_run_leaves_what_is_committed_as_it_is(tmp_path):
@@ -218,7 +222,7 @@ def test_a_run_leaves_what_is_committed_as_it_is(tmp_path):
     cells = [nbformat.v4.new_code_cell(c) for c in STUB.split('\n#\n')]
     cells[1].metadata.tags = ['parameters']
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(language_info=dict(name='python'))), tmp_path/'nbs'/'initialisation.ipynb')
-    core.save_result(tmp_path/'figures'/'embedded', 'initialisation', pd.DataFrame(dict(arch=['resnet18', 'resnet34'], share=.5)))
+    results.save_result(tmp_path/'figures'/'embedded', 'initialisation', pd.DataFrame(dict(arch=['resnet18', 'resnet34'], share=.5)))
     env = {k: v for k, v in os.environ.items() if not k.startswith('PCL_NB_')} | dict(PYTHONPATH=str(tmp_path))
     def git(*args): return subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=a', '-c', 'user.email=a@b', *args], capture_output=True, text=True, check=True).stdout
     git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'all')

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from conftest import NBS, ROOT, check, code_cells, contents, tagged
-from pcl_nb import core, data, models, reproduce, runs, training
+from pcl_nb import data, models, reproduce, runs
+from pcl_nb.base import core, weights
+from pcl_nb.lab import report
 
-QUICK = training.recipe_for('smoke')
+QUICK = runs.recipe_for('smoke')
 CODE = "__import__('os').mkdir('pwned')"
 
 
@@ -71,7 +73,7 @@ each_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 def stored(tmp_path_factory):
     "A run, as it is stored."
     folder = tmp_path_factory.mktemp('stored')
-    training.run(QUICK, folder, device='cpu', progress=False)
+    runs.run(QUICK, folder, device='cpu', progress=False)
     return folder
 
 
@@ -117,7 +119,7 @@ def test_checkpoint_runs_no_code(stored, tmp_path, raw, seal):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'checkpoint.pt').write_bytes(raw)
     with pytest.warns(UserWarning, match='cannot be read.*set aside as checkpoint.pt.broken-1'):
-        training.run(QUICK, tmp_path/'run', device='cpu', progress=False)
+        runs.run(QUICK, tmp_path/'run', device='cpu', progress=False)
     assert (tmp_path/'run'/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes() and (tmp_path/'run'/'checkpoint.pt.broken-1').read_bytes() == raw
 
 
@@ -212,13 +214,13 @@ def test_members_of_an_archive_cannot_leave_their_folder(nothing_ran, archive):
 
 def test_downloads_are_hashed():
     "Over https; CSAIL's server has had http only: what comes from there is refused unless a whole SHA-256, ours or the user's, says that it is the file."
-    for source, public in models.PUBLIC.items():
+    for source, public in weights.PUBLIC.items():
         for arch, name in public.files.items():
-            wanted = models._expected(ROOT/'nowhere'/name, public.sums.get(name))
+            wanted = weights._expected(ROOT/'nowhere'/name, public.sums.get(name))
             assert public.url.startswith('https://') and re.fullmatch('[0-9a-f]{8,64}',
                 wanted) or wanted is None or re.fullmatch('[0-9a-f]{64}', wanted), (source, arch)
-    assert [s for s, p in models.PUBLIC.items() if not p.url.startswith('https://')] == ['places365']
-    assert models._expected(ROOT/'nowhere'/'resnet18_places365.pth.tar', None) is None        # tests/test_weights.py: and so it is refused
+    assert [s for s, p in weights.PUBLIC.items() if not p.url.startswith('https://')] == ['places365']
+    assert weights._expected(ROOT/'nowhere'/'resnet18_places365.pth.tar', None) is None        # tests/test_weights.py: and so it is refused
 
 
 # Parameters that look like code
@@ -252,7 +254,7 @@ def test_parameters_reach_a_notebook_as_literals(value):
 
 
 @pytest.mark.parametrize('main, args', [
-    *((training.main, ['--profile', 'smoke', '--quiet', '--method', 'pcl', *a])
+    *((runs.main, ['--profile', 'smoke', '--quiet', '--method', 'pcl', *a])
         for a in (['--set', CODE], ['--set', f'tau={CODE}'], ['--set', f'{CODE}=1'], ['--data', CODE], ['--data', f'folder:{CODE}'],
             ['--arch', CODE], ['--weights', CODE], ['--compile', CODE], ['--lr', CODE], ['--device', CODE])),
     *((reproduce.main, ['--profile', 'smoke', '--dry-run', *a])
@@ -266,7 +268,7 @@ def test_command_lines_run_no_code(capsys, main, args):
 
 def test_report_shows_names_and_runs_none():
     "What stands in a table is text in the page, too."
-    page = reproduce._html_table(pd.DataFrame({'<script>a': ['<script>b', '"><img onerror=c>']}))
+    page = report._html_table(pd.DataFrame({'<script>a': ['<script>b', '"><img onerror=c>']}))
     assert '<script' not in page and '<img' not in page and page.count('&lt;') == 3
 
 
@@ -274,8 +276,8 @@ def test_report_shows_names_and_runs_none():
 
 def sources():
     "Name -> code: of the package, the tools, the set-up and every notebook."
-    for path in sorted([*(ROOT/'pcl_nb').glob('*.py'), *(ROOT/'tools').glob('*.py'), ROOT/'setup.py']): yield path.name, path.read_text()
-    for path in sorted(NBS.glob('*.ipynb')):
+    for path in sorted([*(ROOT/'pcl_nb').rglob('*.py'), *(ROOT/'tools').glob('*.py'), ROOT/'setup.py']): yield path.name, path.read_text()
+    for path in sorted(NBS.rglob('*.ipynb')):
         for i, cell in enumerate(code_cells(path)): yield f'{path.stem} cell {i}', cell.source
 
 

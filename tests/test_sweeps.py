@@ -13,19 +13,21 @@ import psutil
 import pytest
 
 from conftest import ROOT
-from pcl_nb import runs, training
-from pcl_nb.core import InputError
+from pcl_nb import runs
+from pcl_nb.lab import sweep
+from pcl_nb.base.core import InputError
 from test_training import SECONDS, outcome
 
-LONG = training.recipe_for('smoke', train=32, val=16, epochs=10)
+LONG = runs.recipe_for('smoke', train=32, val=16, epochs=10)
 SWEEP = [replace(LONG, seed=s) for s in range(4)]
-DIVERGES = training.recipe_for('smoke', lr=1e6)
+DIVERGES = runs.recipe_for('smoke', lr=1e6)
 needs_dask = pytest.mark.skipif(not importlib.util.find_spec('distributed'), reason='Dask is not installed (extra cluster)')
 
 # In a worker, before anything else (Dask does it twice): write down each training's beginning and end.
 COUNT = '''
 import os
-from pcl_nb import training
+from pcl_nb import runs, training
+from pcl_nb.lab import sweep
 fit = getattr(training, 'uncounted', training.fit)
 training.uncounted = fit
 def counted(recipe, model=None, checkpoint=None, *args):
@@ -51,7 +53,7 @@ def until(true, what):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     "Starts Dask workers in processes of their own: gives its engine, how to start one, and the trainings noted so far."
-    monkeypatch.setattr(runs, 'WAIT', SECONDS)
+    monkeypatch.setattr(sweep, 'WAIT', SECONDS)
     file, notes, preload = tmp_path/'dask.json', tmp_path/'trainings', tmp_path/'count.py'
     preload.write_text(COUNT)
     notes.touch()
@@ -89,7 +91,7 @@ def same_as_here(store, folder, recipes):
     "Stored, complete, and bit for bit what this process trains."
     for r in recipes:
         here = folder/r.key
-        assert outcome(training.run(r, here, progress=False), here) == outcome(runs.trained(r, progress=False), store.runs/r.key)
+        assert outcome(runs.run(r, here, progress=False), here) == outcome(runs.trained(r, progress=False), store.runs/r.key)
         assert not (store.runs/r.key/'checkpoint.pt').exists() and not (store.runs/r.key/'progress').exists()
 
 
@@ -136,7 +138,7 @@ def test_worker_of_several_threads_is_refused(cluster):
 @needs_dask
 def test_no_scheduler_is_one_line(monkeypatch):
     "An address where nothing answers."
-    monkeypatch.setattr(runs, 'WAIT', 1)
+    monkeypatch.setattr(sweep, 'WAIT', 1)
     with pytest.raises(InputError, match='no Dask scheduler answers') as refused:
         runs.train_all([LONG], progress=False, engine='dask:tcp://127.0.0.1:9')
     assert '\n' not in str(refused.value)
@@ -150,7 +152,7 @@ def test_without_dask_the_message_says_how_to_install_it(monkeypatch):
 
 def test_worker_that_cannot_see_the_runs_says_so(tmp_path):
     "It names the folder and what to do; it makes no folder of its own."
-    key, error = runs._train_one(LONG, tmp_path/'elsewhere'/LONG.key, None)
+    key, error = sweep._train_one(LONG, tmp_path/'elsewhere'/LONG.key, None)
     assert key == LONG.key and 'cannot see' in error and 'PCL_NB_RUNS' in error and '\n' not in error
     assert not (tmp_path/'elsewhere').exists()
 
@@ -184,5 +186,5 @@ def test_workers_end_with_the_process_that_started_them(store, how):
 def test_run_that_kills_every_worker_is_given_up(store, monkeypatch):
     "Its worker dies each time: an error in one line, not an endless loop."
     def deadly(*args): os.kill(os.getpid(), signal.SIGKILL)
-    monkeypatch.setattr(runs, '_train_one', deadly)
+    monkeypatch.setattr(sweep, '_train_one', deadly)
     with pytest.raises(runs.RunsFailed, match='3 times in a row'): runs.train_all([LONG, SWEEP[1]], 2, progress=False)

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, processes
-from pcl_nb import core, methods, models, runs, training
+from pcl_nb import methods, models, runs, training
+from pcl_nb.base import core
 
 SECONDS = 120  # no step of a test takes this long, unless it hangs
 # Random fills draw from the global generators: resuming has to put these back, too.
-SLOW = training.recipe_for('smoke', method='pcl', options=dict(fill='noise'), train=96, epochs=5)
-QUICK = training.recipe_for('smoke')
+SLOW = runs.recipe_for('smoke', method='pcl', options=dict(fill='noise'), train=96, epochs=5)
+QUICK = runs.recipe_for('smoke')
 
 
 def weights(fitted):
@@ -45,7 +46,7 @@ def progress_of(calls):
 def undisturbed(tmp_path_factory):
     "Weights and metrics of the slow recipe, trained in one go."
     folder = tmp_path_factory.mktemp('undisturbed')
-    return outcome(training.run(SLOW, folder, progress=False), folder)
+    return outcome(runs.run(SLOW, folder, progress=False), folder)
 
 
 def wait_until(true, process):
@@ -63,13 +64,13 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path, undisturbed, epochs):
     def reached():
         if checkpoint.exists(): seen.add(checkpoint.stat().st_mtime_ns)
         return len(seen) >= epochs and (tmp_path/'.lock').exists()
-    process = subprocess.Popen([sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise',
+    process = subprocess.Popen([sys.executable, '-m', 'pcl_nb.train', '--profile', 'smoke', '--method', 'pcl', '--set', 'fill=noise',
                                 '--train', str(SLOW.train), '--epochs', str(SLOW.epochs), '--out', tmp_path, '--quiet'], cwd=ROOT)
     try: wait_until(reached, process)
     finally: process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path/'run.json').exists()
     calls = []
-    fitted = training.run(SLOW, tmp_path, progress=progress_of(calls))
+    fitted = runs.run(SLOW, tmp_path, progress=progress_of(calls))
     done, total = calls[0]
     assert epochs*total <= done*SLOW.epochs < total*SLOW.epochs, 'resumed, not started anew and not complete'
     assert outcome(fitted, tmp_path) == undisturbed
@@ -78,10 +79,10 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path, undisturbed, epochs):
 
 def test_kill_between_weights_and_record_is_harmless(tmp_path):
     "A run without its record counts as not finished, however much of the rest is there."
-    first = outcome(training.run(QUICK, tmp_path, progress=False), tmp_path)
+    first = outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path)
     (tmp_path/'run.json').unlink()
     (tmp_path/'weights.pt').write_bytes(b'')
-    assert outcome(training.run(QUICK, tmp_path, progress=False), tmp_path) == first
+    assert outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path) == first
 
 
 def ask(store, recipe, answers, together=None):
@@ -156,17 +157,17 @@ def test_killed_holder_lets_others_train(store):
     'metrics truncated'])
 def test_damaged_run_is_set_aside_and_trained_again(tmp_path, name, damage):
     "A warning says so; what was there stays under another name; the weights come out the same."
-    first = outcome(training.run(QUICK, tmp_path, progress=False), tmp_path)
+    first = outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path)
     damage(tmp_path/name)
     left = {p.name: p.read_bytes() for p in tmp_path.glob('[!.]*')}
-    with pytest.warns(UserWarning, match='is damaged.*set aside as'): again = training.run(QUICK, tmp_path, progress=False)
+    with pytest.warns(UserWarning, match='is damaged.*set aside as'): again = runs.run(QUICK, tmp_path, progress=False)
     assert outcome(again, tmp_path) == first
     assert {n: (tmp_path/f'{n}.broken-1').read_bytes() for n in left} == left
 
 
 def cli(capsys, *args):
     "Call the command line at the smoke profile: exit code, standard output, standard error."
-    try: code = training.main(['--profile', 'smoke', '--quiet', *map(str, args)])
+    try: code = runs.main(['--profile', 'smoke', '--quiet', *map(str, args)])
     except SystemExit as e: code = e.code
     said = capsys.readouterr()
     return SimpleNamespace(code=code, out=said.out, err=said.err)
@@ -177,7 +178,7 @@ def test_help_names_every_setting(capsys):
     done = cli(capsys, '--help')
     assert done.code == 0
     for f in fields(training.Recipe): assert (f'--{f.name.replace("_", "-")} ' if f.name != 'options' else '--set NAME=VALUE') in done.out
-    for name in (*methods.METHODS, *models.ARCHS, *core.PROFILES): assert name in done.out
+    for name in (*methods.METHODS, *models.ARCHS, *runs.PROFILES): assert name in done.out
 
 
 @pytest.mark.parametrize('args, named', [
@@ -258,7 +259,7 @@ def test_unreadable_image_is_named(capsys, photos):
 
 def test_diverging_run_ends_with_one_line(tmp_path):
     "A loss that is not a number: exit code 1, the epoch and a way out on one line, no run stored."
-    done = subprocess.run([sys.executable, '-m', 'pcl_nb.training', '--profile', 'smoke', '--lr', '1e6', '--out', tmp_path, '--quiet'],
+    done = subprocess.run([sys.executable, '-m', 'pcl_nb.train', '--profile', 'smoke', '--lr', '1e6', '--out', tmp_path, '--quiet'],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
     assert 'not finite in epoch 1, step ' in done.stderr and 'Try a lower learning rate' in done.stderr

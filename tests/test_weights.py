@@ -17,7 +17,8 @@ import torchvision
 from PIL import Image
 
 from conftest import NBS, papermill, printed
-from pcl_nb import core, data, models, reproduce, training
+from pcl_nb import models, reproduce, runs, training
+from pcl_nb.base import core, weights
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -122,10 +123,10 @@ def test_resnet50_of_places365_has_a_known_hash(server):
     "Another file under the name is refused and not kept, unless a line of the user's vouches for it."
     served, cache = server
     (served/'resnet50_places365.pth.tar').write_bytes(b'another file')
-    with pytest.raises(core.InputError, match='should have 46529c86.*it was not kept'): models.weights_file('places365', 'resnet50')
+    with pytest.raises(core.InputError, match='should have 46529c86.*it was not kept'): weights.weights_file('places365', 'resnet50')
     assert list(cache.iterdir()) == []
     vouch(cache, served/'resnet50_places365.pth.tar')
-    assert models.weights_file('places365', 'resnet50').read_bytes() == b'another file'
+    assert weights.weights_file('places365', 'resnet50').read_bytes() == b'another file'
 
 
 def test_a_file_nobody_vouches_for_is_refused_until_somebody_does(server):
@@ -147,7 +148,7 @@ def imagenet(served, arch, monkeypatch, change=lambda state: state):
     torch.save(change(net.state_dict()), served/'x')
     name = f"{arch}-{hashlib.sha256((served/'x').read_bytes()).hexdigest()[:8]}.pth"
     (served/'x').rename(served/name)
-    monkeypatch.setitem(models.PUBLIC['imagenet'].files, arch, name)
+    monkeypatch.setitem(weights.PUBLIC['imagenet'].files, arch, name)
     return net.eval()
 
 
@@ -209,17 +210,17 @@ def test_what_is_not_there_is_said_in_one_line(server, given, named):
 def test_a_published_network_is_a_run_of_no_epochs(server, monkeypatch):
     "Stored like any other, with the statistics that the weights expect; no data is asked for."
     net = imagenet(server[0], 'resnet18', monkeypatch)
-    recipe = training.recipe_for('public', data='folder:not there', weights='imagenet')
-    fitted = training.run(recipe, progress=False)
-    assert fitted.stats == models.PUBLIC['imagenet'].stats and len(fitted.classes) == 1000
+    recipe = runs.recipe_for('public', data='folder:not there', weights='imagenet')
+    fitted = runs.run(recipe, progress=False)
+    assert fitted.stats == weights.PUBLIC['imagenet'].stats and len(fitted.classes) == 1000
     for p in server[1].iterdir(): p.unlink()
-    again = training.run(recipe, progress=False).model.net.state_dict()
+    again = runs.run(recipe, progress=False).model.net.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items())
 
 
 def test_a_published_network_keeps_its_name(server):
     "Where the data lie does not rename it."
-    a, b = (training.recipe_for('public', data=f'folder:{d}', weights='imagenet') for d in ('here', 'there'))
+    a, b = (runs.recipe_for('public', data=f'folder:{d}', weights='imagenet') for d in ('here', 'there'))
     assert a.key == b.key == core.digest(asdict(replace(a, data='')))
     assert a.key != replace(a, arch='resnet34').key != replace(a, weights='places365').key
 
@@ -227,10 +228,10 @@ def test_a_published_network_keeps_its_name(server):
 def test_public_weights_are_fine_tuned(server, monkeypatch):
     "Another head, the statistics of the weights, everything else as they are at the start."
     net = imagenet(server[0], 'resnet18', monkeypatch)
-    recipe = training.recipe_for('public', data='concept_scenes', train=16, val=16, weights='imagenet', size=32, epochs=1, batch=8, lr=1e-6,
+    recipe = runs.recipe_for('public', data='concept_scenes', train=16, val=16, weights='imagenet', size=32, epochs=1, batch=8, lr=1e-6,
         method='pcl', threads=1)
     fitted = training.fit(recipe, progress=False)
-    assert fitted.stats == models.PUBLIC['imagenet'].stats and fitted.model.num_classes == fitted.model.side_head.out_features == 16
+    assert fitted.stats == weights.PUBLIC['imagenet'].stats and fitted.model.num_classes == fitted.model.side_head.out_features == 16
     torch.testing.assert_close(fitted.model.net.layer1[0].conv1.weight.cpu(), net.layer1[0].conv1.weight, rtol=0, atol=1e-3)
     assert (fitted.model.net.layer1[0].conv1.weight.cpu() != net.layer1[0].conv1.weight).any()
 
