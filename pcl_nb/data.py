@@ -12,7 +12,7 @@ from .images import *
 from .concepts import *
 from .sources import *
 from .crops import *
-from .lab.packing import main
+from .lab.packing import *
 
 # %% ../nbs/names/data.ipynb #a99414e9
 #| eval: false

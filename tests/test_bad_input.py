@@ -367,7 +367,7 @@ def test_bad_files_are_left_out_by_choice(tmp_path, capsys):
     assert all(f'train/class 0/{n}' in said for n in names) and 'train: 4 images, 2 classes' in said
     assert (folder/data.SKIP).read_text().splitlines() == [f'train/class 0/{n}' for n in names]
     assert len(data.load(name, 'train', 28)) == 4 and runs.main(['--profile', 'smoke', '--quiet', '--data', name, '--batch', '4']) == 0
-    (folder/data.SKIP).unlink(); sources._load.cache_clear()
+    (folder/data.SKIP).unlink(); sources.forget()
     refused(lambda: data.load(name, 'train', 28), 'bomb.png')
 
 
@@ -416,6 +416,5 @@ def test_names_with_spaces_and_beyond_ascii(pictures, tmp_path, capsys):
     assert len(P['images']) == 12
     before = data.fingerprint(name, 28)
     photo(tmp_path/'new.png').rename(pictures/'train'/'wood & field'/os.fsdecode(b'\xff.png'))
-    sources._fingerprint.cache_clear()
-    sources._load.cache_clear()
+    sources.forget()
     assert data.fingerprint(name, 28) != before and len(data.load(name, 'train', 28)) == 7

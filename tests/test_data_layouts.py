@@ -17,6 +17,7 @@ from conftest import ROOT, contents
 from pcl_nb import data, images, runs, sources, training
 from pcl_nb.base import core
 from pcl_nb.base.core import InputError
+from pcl_nb.lab import packing
 
 CLASSES = '/a/airfield', '/a/apartment_building/outdoor', '/b/bakery/shop'
 
@@ -30,7 +31,7 @@ def picture(path, h=40, w=50, seed=0, **how):
 
 def refresh():
     "Forget what was loaded, as a new process would."
-    for f in (sources._load, images._listed, sources._identity, sources._fingerprint): f.cache_clear()
+    sources.forget()
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_a_packed_set_is_found_and_checked(imagenet):
     with pytest.raises(InputError, match='was packed from other images'): data.load(name, 'val', 28)
     with pytest.raises(InputError, match='begun with other images'): data.pack(name, folder, data.base_size(28))
     with open(folder/'val.bin', 'ab') as f: f.write(b'x')
-    sources._read_index.cache_clear()
+    packing._read_index.cache_clear()
     with pytest.raises(InputError, match='not what was packed'): data.check_data(f'packed:{folder}')
 
 

@@ -92,7 +92,7 @@ def test_changed_photographs_are_seen(tmp_path):
         for split in ('train', 'val'):
             (tmp_path/'photos'/split/'a').mkdir(parents=True, exist_ok=True)
             to_pil_image(torch.full((3, 40, 40), shade/255)).save(tmp_path/'photos'/split/'a'/f'{shade}.png')
-        sources._fingerprint.cache_clear()                    # kept within a process
+        sources.forget()                                      # kept within a process
         job = reproduce.Job('initialisation', dict(scenes=f"folder:{tmp_path/'photos'}"))
         return jobs._receipt(job, {}, tmp_path)
     assert receipt(10) != receipt(20)
