@@ -92,18 +92,15 @@ def crop_boxes(
     drawn=None        # of `draw_crops`: random training crops; None: the evaluation crop
 ) -> tuple:  # for rows, for columns: start, length, resized, offset as in `axis_matrix`
     "The scheme's crop of each image of a batch."
-    h, w = sizes.double().unbind(1)
-    B, R = len(sizes), float(base_size(size))
-    zero = torch.zeros(B)
+    (h, w), B, R = sizes.double().unbind(1), len(sizes), float(base_size(size))
+    zero, full = torch.zeros(B), torch.full((B,), size)
     if drawn is not None and scheme == 'complex':
         top, left, ch, cw = _random_area(h, w, *drawn[:-1])
-        rows, columns = (top, ch, torch.full((B,), size), zero), (left, cw, torch.full((B,), size), zero)
-    else:
-        short = torch.minimum(h, w) if scheme == 'complex' else None
-        rh, rw = ((R*a/short).floor() if scheme == 'complex' else torch.full((B,), R) for a in (h, w))
-        oy, ox = (((r - size)/2).round() for r in (rh, rw)) if drawn is None else drawn[:2]
-        rows, columns = (zero, h, rh, oy), (zero, w, rw, ox)
-    return rows, columns
+        return (top, ch, full, zero), (left, cw, full, zero)
+    if scheme == 'complex': rh, rw = ((R*a/torch.minimum(h, w)).floor() for a in (h, w))
+    else: rh = rw = torch.full((B,), R)
+    oy, ox = (((r - size)/2).round() for r in (rh, rw)) if drawn is None else drawn[:2]
+    return (zero, h, rh, oy), (zero, w, rw, ox)
 
 # %% ../nbs/03_crops.ipynb #d19ff0f6
 def crop_matrices(
@@ -126,7 +123,7 @@ STATS_SAMPLE = 1000     # images on disk that the channels' statistics are taken
 def channel_stats(
     images:ImageSet
 ) -> tuple:  # mean, std: each 3 floats in [0,1]
-    "Mean and standard deviation of each channel over all pixels of a (training) set; on disk, of an even sample of `STATS_SAMPLE` images."
+    "Mean and standard deviation of each channel over all pixels; on disk, of an even sample of `STATS_SAMPLE` images."
     if isinstance(images.images, OnDisk): tensors = (images.images[i] for i in even_sample(len(images), STATS_SAMPLE))
     else: tensors = images.images if isinstance(images.images, list) else images.images.split(256)
     total, square, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
@@ -135,84 +132,112 @@ def channel_stats(
         total += t.sum(1); square += t.pow(2).sum(1); count += t.shape[1]
     mean = total/count
     std = (square/count - mean**2).clamp(min=1e-8).sqrt()
-    return tuple(round(v, 6) for v in (mean/255).tolist()), tuple(round(v, 6) for v in (std/255).clamp(min=1e-3).tolist())
+    def rounded(t): return tuple(round(v, 6) for v in t.tolist())
+    return rounded(mean/255), rounded((std/255).clamp(min=1e-3))
 
 # %% ../nbs/03_crops.ipynb #3602e872
 def check_stats(
     stats  # mean, std: each 3 numbers
 ):
     "The statistics of a normalisation; `InputError` if they are none."
-    valid = (isinstance(stats, (tuple, list)) and len(stats) == 2
-        and all(isinstance(s, (tuple, list)) and len(s) == 3 and all(map(is_real, s)) for s in stats) and min(stats[1]) > 0)
-    require(valid, f'stats {brief(stats)} are not valid; give mean and standard deviation, the latter above 0, of three channels')
+    def three(s): return isinstance(s, (tuple, list)) and len(s) == 3 and all(map(is_real, s))
+    valid = isinstance(stats, (tuple, list)) and len(stats) == 2 and all(map(three, stats)) and min(stats[1]) > 0
+    require(valid, f'stats {brief(stats)} are not valid; '
+        'give mean and standard deviation, the latter above 0, of three channels')
     return stats
 
-# %% ../nbs/03_crops.ipynb #1b361dd0
-def _gather(images, index):
-    "The images of a batch as one tensor, and their sizes."
-    if not isinstance(images, list): return images[index], torch.tensor(images.shape[-2:]).expand(len(index), 2)
-    picked = [images[i] for i in index.tolist()]
-    sizes = torch.tensor([im.shape[-2:] for im in picked])
-    out = picked[0].new_zeros(len(picked), 3, *sizes.amax(0).tolist())
-    for o, im in zip(out, picked): o[:, :im.shape[1], :im.shape[2]] = im
-    return out, sizes
+# %% ../nbs/03_crops.ipynb #8105fb76
+def _order(index, batch, g):
+    "The images of an epoch: shuffled, and without an incomplete last batch, if there is a generator."
+    if g is None: return index
+    return index[torch.randperm(len(index), generator=g)][:max(len(index)//batch, 1)*batch]
 
-def _uneven(sizes): return len(sizes)*sizes.amax(0).prod() > 8*sizes.prod(1).sum()     # padding would take far more memory than the images
+def _jobs(index, batch, shard, draw):
+    "For each batch: its images, the slice of them that is this process's, and what `draw` gives."
+    part = slice(shard[0], None, shard[1])
+    for chosen in index.split(batch):
+        drawn = draw(len(chosen))
+        if len(chosen[part]): yield chosen, part, drawn
+
+# %% ../nbs/03_crops.ipynb #1b361dd0
+def _padded(images, h, w):
+    "Images of several sizes as one tensor (B,3,h,w)."
+    out = images[0].new_zeros(len(images), 3, h, w)
+    for o, im in zip(out, images): o[:, :im.shape[1], :im.shape[2]] = im
+    return out
+
+def _together(images, boxes, flip, size, room, device):
+    "The crops of images that are, or are padded to, one size."
+    if isinstance(images, list): images = _padded(images, *room)
+    matrices = axis_matrix(*boxes[0], size, room[0]), axis_matrix(*boxes[1], size, room[1], flip)
+    return apply_axes(*(t.to(device, non_blocking=True) for t in (images, *matrices)))
 
 # %% ../nbs/03_crops.ipynb #c1a7b9ae
-def _apart(images, boxes, flip, part, size, device):
-    "The crops of `part` of a batch, one by one."
-    rows, columns = ([[v[k:k+1] for v in axis] for k in part] for axis in boxes)
-    matrices = [(axis_matrix(*r, size, im.shape[1]), axis_matrix(*c, size, im.shape[2], None if flip is None else flip[k:k+1]))
-        for im, r, c, k in zip(images, rows, columns, part)]
-    return torch.cat([apply_axes(*(t.to(device) for t in (im[None], *m))) for im, m in zip(images, matrices)])
+def _apart(images, boxes, flip, size, room, device):
+    "The crops of images one by one."
+    def one(k):
+        (rows, columns), f = [[v[k:k+1] for v in axis] for axis in boxes], None if flip is None else flip[k:k+1]
+        return _together(images[k][None], (rows, columns), f, size, images[k].shape[1:], device)
+    return torch.cat([one(k) for k in range(len(images))])
+
+def _uneven(sizes):
+    "Would padding take far more memory than the images?"
+    return len(sizes)*sizes.amax(0).prod() > 8*sizes.prod(1).sum()
+
+# %% ../nbs/03_crops.ipynb #03fabf5a
+def _in_memory(images, jobs, scheme, size, device):
+    "Crops on the scale of bytes, and which images they are of."
+    for chosen, part, drawn in jobs:
+        mine = chosen[part]
+        some = images[mine] if isinstance(images, Tensor) else [images[i] for i in mine]
+        sizes = torch.tensor([images[i].shape[-2:] for i in chosen])                   # of the whole batch
+        drawn = drawn and [d[part] for d in drawn]
+        crop = _apart if _uneven(sizes) else _together
+        boxes = crop_boxes(scheme, sizes[part], size, drawn)
+        yield crop(some, boxes, drawn and drawn[-1], size, sizes.amax(0).tolist(), device), mine
 
 # %% ../nbs/03_crops.ipynb #e35321c9
 def _crop(image, top, h, rh, oy, left, w, rw, ox, size, factor):
-    "One crop as bytes: the steps of `axis_matrix`; by PIL where an image decoded at 1/factor has no whole pixel where the crop begins."
-    if factor == 1 and rh*rw <= 2**24:                                   # of a long strip, the whole would take gigabytes
+    "One crop as bytes: the steps of `axis_matrix`; by PIL if the image was decoded at 1/factor."
+    if factor == 1 and rh*rw <= 2**24:                                   # a long strip would take gigabytes
         part = image[:, top:top+h, left:left+w]
         if (h, w) != (rh, rw): part = F.interpolate(part[None], (rh, rw), mode='bilinear', antialias=True)[0]
         return part[:, oy:oy+size, ox:ox+size]
-    H, W = image.shape[1:]
-    box = ((left + ox*w/rw)/factor, (top + oy*h/rh)/factor, min((left + (ox+size)*w/rw)/factor, W), min((top + (oy+size)*h/rh)/factor, H))
-    im = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.BILINEAR, box=box)
+    def ends(start, length, resized, offset, n):                         # not whole pixels
+        first, last = (start + (offset + k)*length/resized for k in (0, size))
+        return first/factor, min(last/factor, n)
+    (x0, x1), (y0, y1) = ends(left, w, rw, ox, image.shape[2]), ends(top, h, rh, oy, image.shape[1])
+    im = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.BILINEAR, box=(x0, y0, x1, y1))
     return torch.from_numpy(np.array(im)).permute(2, 0, 1)
 
 # %% ../nbs/03_crops.ipynb #2f5e50fd
 class _Crops(torch.utils.data.Dataset):
-    "What a worker does: a job, which is a batch, becomes bytes; an `InputError` is handed over, not raised."
+    "A worker's task: a job becomes bytes; an `InputError` is returned, not raised."
     def __init__(self, source): self.source = source
 
     def __getitems__(self, job):
         chosen, drawn, scheme, size, memory = job
-        try:
-            sizes, reads = zip(*(self.source.open(i) for i in chosen))
-            sizes = torch.tensor(sizes)
-            rows, columns = crop_boxes(scheme, sizes, size, drawn and tuple(map(torch.from_numpy, drawn)))
-            boxes = torch.stack([t.double() for t in rows + columns], 1)
-            scale = torch.minimum(boxes[:, 1]/boxes[:, 2], boxes[:, 5]/boxes[:, 6])
-            factors = 2**scale.log2().floor().clamp(0, 3).int()
-            out = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8, memory_format=memory)
-            for o, read, box, factor in zip(out, reads, boxes.int().tolist(), factors.tolist()):
-                image, reached = read(factor)
-                o.copy_(_crop(image, *box, size, reached))
+        try: out = self.crops(chosen, drawn and tuple(map(torch.from_numpy, drawn)), scheme, size, memory)
         except InputError as e: return e
         return out, torch.as_tensor(chosen), None if drawn is None else torch.from_numpy(drawn[-1])
 
-# %% ../nbs/03_crops.ipynb #a7afb62c
-class _Jobs:
-    "The batch sampler of a loader that outlives the epoch."
-    jobs = ()
-    def __iter__(self): return iter(self.jobs)
-
-def _same(x): return x
+    def crops(self, chosen, drawn, scheme, size, memory):
+        sizes, reads = zip(*(self.source.open(i) for i in chosen))
+        rows, columns = crop_boxes(scheme, torch.tensor(sizes), size, drawn)
+        boxes = torch.stack([t.double() for t in rows + columns], 1)
+        scale = torch.minimum(boxes[:, 1]/boxes[:, 2], boxes[:, 5]/boxes[:, 6])
+        factors = 2**scale.log2().floor().clamp(0, 3).int()
+        out = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8, memory_format=memory)
+        for o, read, box, factor in zip(out, reads, boxes.int().tolist(), factors.tolist()):
+            image, reached = read(factor)
+            o.copy_(_crop(image, *box, size, reached))
+        return out
 
 # %% ../nbs/03_crops.ipynb #70f671f6
 def default_workers(
     device='cpu'   # that the batches go to
 ) -> int:
-    "Processes that decode: `$PCL_NB_WORKERS`; else none in a child process or for a CPU, which has enough to do; for an accelerator this process's share of the cores."
+    "Processes that decode: `$PCL_NB_WORKERS`; else for a GPU a share of the cores, for a CPU or a child process none."
     given = os.environ.get('PCL_NB_WORKERS')
     require(not given or given.isdigit(), f'PCL_NB_WORKERS {given!r} is not a number of processes: 0 or more')
     if multiprocessing.current_process().daemon: return 0
@@ -220,20 +245,48 @@ def default_workers(
     if multiprocessing.parent_process() or torch.device(device).type == 'cpu': return 0
     return max(cores()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1, 1)
 
+# %% ../nbs/03_crops.ipynb #a7afb62c
+class _Sampler:
+    "The batch sampler of a loader that outlives the epoch."
+    jobs = ()
+    def __iter__(self): return iter(self.jobs)
+
+def _same(x): return x
+
+def _loader(source, workers, pinned):                # a generator of its own: the global stream belongs to the training
+    return DataLoader(_Crops(source), batch_sampler=_Sampler(), num_workers=workers, collate_fn=_same,
+        persistent_workers=workers > 0, pin_memory=pinned, generator=torch.Generator())
+
 # %% ../nbs/03_crops.ipynb #ec6dec45
 def _from_disk(source, jobs, workers, pinned):
-    "The results of jobs in their order. A source keeps its workers for the next epoch; who comes while they are busy gets others."
+    "The results of jobs in their order. If the kept loader is busy, a new one is made."
     key = workers, pinned
-    loader = source.loaders.pop(key, None)
-    if loader is None:           # a generator of its own: the global stream belongs to the training
-        loader = DataLoader(_Crops(source), batch_sampler=_Jobs(), num_workers=workers, collate_fn=_same, persistent_workers=workers > 0,
-            pin_memory=pinned, generator=torch.Generator())
+    loader = source.loaders.pop(key) if key in source.loaders else _loader(source, workers, pinned)
     loader.batch_sampler.jobs = jobs
     try:
         for done in loader:
             if isinstance(done, InputError): raise done
             yield done
     finally: source.loaders[key] = loader
+
+def _streamed(source, jobs, scheme, size, device, memory, workers):
+    "Crops as bytes, and which images they are of."
+    tasks = ((chosen[part].numpy(), drawn and tuple(d[part].numpy() for d in drawn), scheme, size, memory)
+        for chosen, part, drawn in jobs)
+    if workers is None: workers = default_workers(device)
+    for raw, chosen, flip in _from_disk(source, tasks, workers, device.type == 'cuda'):
+        raw = raw.to(device, non_blocking=True)
+        if flip is not None:
+            mirrored = flip.nonzero()[:, 0].to(device, non_blocking=True)
+            raw[mirrored] = raw[mirrored].flip(3)
+        yield raw, chosen
+
+# %% ../nbs/03_crops.ipynb #d954e0a4
+def _check_batches(scheme, size, stats, batch, shard):
+    require(is_whole(batch) and batch >= 1, f'batch {brief(batch)} is not valid; give 1 image or more')
+    _check_size(size); choose(scheme, SCHEME_NAMES, 'scheme'); check_stats(stats)
+    require(isinstance(shard, tuple) and len(shard) == 2 and all(map(is_whole, shard)) and 0 <= shard[0] < shard[1],
+        f'shard {brief(shard)} is not valid; give (rank, ranks) with ranks above rank')
 
 # %% ../nbs/03_crops.ipynb #6a450e26
 def batches(
@@ -251,49 +304,18 @@ def batches(
     shard:tuple=(0, 1),  # (rank, ranks): of each batch, every `ranks`-th image from `rank` on
     workers:int=None     # processes that decode images on disk; None: `default_workers`
 ):  # yields x (B,3,size,size) normalised, y (B,)
-    "Cropped, normalised batches of one epoch; the shards of a batch are the batch, whatever their number."
-    require(is_whole(batch) and batch >= 1, f'batch {brief(batch)} is not valid; give 1 image or more')
-    _check_size(size); choose(scheme, SCHEME_NAMES, 'scheme'); check_stats(stats)
-    require(isinstance(shard, tuple) and len(shard) == 2 and all(map(is_whole, shard)) and 0 <= shard[0] < shard[1],
-        f'shard {brief(shard)} is not valid; give (rank, ranks) with ranks above rank')
-    index, device = torch.arange(len(images)) if index is None else _check_index(index, len(images)), usable_device(device)
+    "Cropped, normalised batches of one epoch; concatenating the shards of a batch gives the batch."
+    _check_batches(scheme, size, stats, batch, shard)
+    index = torch.arange(len(images)) if index is None else _check_index(index, len(images))
     require(len(index), 'no images: give 1 or more')
-    g = generator('crops', seed, epoch) if train else None
-    if train:
-        index = index[torch.randperm(len(index), generator=g)]
-        index = index[:max(len(index)//batch, 1)*batch]
+    device, g = usable_device(device), generator('crops', seed, epoch) if train else None
+    jobs = _jobs(_order(index, batch, g), batch, shard, lambda B: draw_crops(scheme, B, size, g) if train else None)
     mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1)*255 for s in stats)
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    if isinstance(images.images, OnDisk):
-        def jobs():
-            for chosen in index.split(batch):
-                drawn = draw_crops(scheme, len(chosen), size, g) if train else None
-                part = lambda t: t[shard[0]::shard[1]].numpy()
-                if len(part(chosen)): yield part(chosen), drawn and tuple(map(part, drawn)), scheme, size, memory
-        for raw, chosen, flip in _from_disk(images.images, jobs(), default_workers(device) if workers is None else workers,
-                torch.device(device).type == 'cuda'):
-            raw = raw.to(device, non_blocking=True)
-            if train:
-                mirrored = flip.nonzero()[:, 0].to(device, non_blocking=True)
-                raw[mirrored] = raw[mirrored].flip(3)
-            yield raw.to(torch.float32, memory_format=memory).sub_(mean).div_(std), images.labels[chosen].to(device)
-        return
-    for chosen in index.split(batch):
-        if isinstance(images.images, list) and _uneven(sizes := torch.tensor([images.images[i].shape[-2:] for i in chosen.tolist()])):
-            drawn = draw_crops(scheme, len(chosen), size, g) if train else None
-            part = torch.arange(len(chosen))[shard[0]::shard[1]].tolist()
-            if part:
-                yield _apart([images.images[chosen[k]] for k in part], crop_boxes(scheme, sizes, size, drawn), drawn and drawn[-1], part,
-                    size, device).sub_(mean).div_(std).contiguous(memory_format=memory), images.labels[chosen[part]].to(device)
-            continue
-        raw, sizes = _gather(images.images, chosen)
-        rows, columns = crop_matrices(scheme, sizes, size, g)
-        chosen, raw, rows, columns = (t[shard[0]::shard[1]] for t in (chosen, raw, rows, columns))
-        if not len(chosen): continue
-        x = apply_axes(*(t.to(device, non_blocking=True) for t in (raw, rows, columns)))
-        x = x.sub_(mean).div_(std)
-        if channels_last: x = x.contiguous(memory_format=torch.channels_last)
-        yield x, images.labels[chosen].to(device)
+    make, more = (_streamed, (memory, workers)) if isinstance(images.images, OnDisk) else (_in_memory, ())
+    crops = make(images.images, jobs, scheme, size, device, *more)
+    for x, chosen in crops:
+        yield x.to(torch.float32, memory_format=memory).sub_(mean).div_(std), images.labels[chosen].to(device)
 
 # %% ../nbs/03_crops.ipynb #7a0dc036
 def evidence(

@@ -14,10 +14,9 @@ from PIL import Image
 from torchvision.datasets import Places365
 
 from conftest import ROOT, contents
-from pcl_nb import data, images, runs, sources, training
-from pcl_nb.base import core
+from pcl_nb import crops, data, images, runs, sources, training
 from pcl_nb.base.core import InputError
-from pcl_nb.lab import packing
+from pcl_nb.lab.packing import _read_index
 
 CLASSES = '/a/airfield', '/a/apartment_building/outdoor', '/b/bakery/shop'
 
@@ -254,7 +253,7 @@ def test_a_packed_set_is_found_and_checked(imagenet):
     with pytest.raises(InputError, match='was packed from other images'): data.load(name, 'val', 28)
     with pytest.raises(InputError, match='begun with other images'): data.pack(name, folder, data.base_size(28))
     with open(folder/'val.bin', 'ab') as f: f.write(b'x')
-    packing._read_index.cache_clear()
+    _read_index.cache_clear()
     with pytest.raises(InputError, match='not what was packed'): data.check_data(f'packed:{folder}')
 
 
@@ -288,7 +287,7 @@ def test_workers_stay_for_the_next_epoch(imagenet):
 def test_how_many_workers(monkeypatch):
     "None for a CPU, the share of the cores for an accelerator, or what the environment says."
     monkeypatch.delenv('PCL_NB_WORKERS', raising=False)
-    monkeypatch.setattr(core, 'cores', lambda: 16)
+    monkeypatch.setattr(crops, 'cores', lambda: 16)
     assert data.default_workers('cpu') == 0 and data.default_workers('cuda') == 15
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     assert data.default_workers('cuda') == 3
