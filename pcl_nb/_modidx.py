@@ -8,7 +8,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                   'pcl_nb.base.core.Progress.__init__': ('base/core.html#progress.__init__', 'pcl_nb/base/core.py'),
                                   'pcl_nb.base.core.Progress.display': ('base/core.html#progress.display', 'pcl_nb/base/core.py'),
                                   'pcl_nb.base.core._as_text': ('base/core.html#_as_text', 'pcl_nb/base/core.py'),
-                                  'pcl_nb.base.core._of_profile': ('base/core.html#_of_profile', 'pcl_nb/base/core.py'),
                                   'pcl_nb.base.core._place': ('base/core.html#_place', 'pcl_nb/base/core.py'),
                                   'pcl_nb.base.core.brief': ('base/core.html#brief', 'pcl_nb/base/core.py'),
                                   'pcl_nb.base.core.choose': ('base/core.html#choose', 'pcl_nb/base/core.py'),
