@@ -22,8 +22,9 @@ def _distance(log_p, log_q, distance):
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2., device=log_p.device, dtype=log_p.dtype))
     return (_distance(log_p, log_m, 'kl') + _distance(log_q, log_m, 'kl'))/2
 
+# %% ../nbs/08_losses.ipynb #85a38d44
 def _pair(logits, erased_logits, detach):
-    "Both tables, at least in single precision whatever autocast made of them."
+    "Both tables, in single precision at least, also under autocast."
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (logits, erased_logits)]
     require(shapes[0] == shapes[1] and len(shapes[0]) == 2 and isinstance(logits, Tensor) and len(logits),
         f'logits {shapes[0]} and erased logits {shapes[1]} have to be two tables (B,C) of one size, of 1 image or more')
@@ -42,6 +43,13 @@ def instance_consistency(
     z, e = _pair(logits, erased_logits, detach)
     return _distance(z.log_softmax(1), e.log_softmax(1), distance)
 
+# %% ../nbs/08_losses.ipynb #b4e3737b
+def _correlation(logits):
+    "Correlation of the categories' scores over the batch, (C,C)."
+    s = logits.softmax(1)
+    s = F.normalize(s - s.mean(0), dim=0, eps=1e-6)
+    return s.T @ s
+
 # %% ../nbs/08_losses.ipynb #5cd8f808
 def category_consistency(
     logits:Tensor,         # Z (B,C), of the original images
@@ -54,10 +62,3 @@ def category_consistency(
     z, e = _pair(logits, erased_logits, detach)
     if distance == 'correlation': return (_correlation(z) - _correlation(e)).pow(2).mean()
     return _distance(z.T.log_softmax(1), e.T.log_softmax(1), distance)
-
-# %% ../nbs/08_losses.ipynb #b4e3737b
-def _correlation(logits):
-    "Correlation of the categories' scores over the batch, (C,C)."
-    s = logits.softmax(1)
-    s = F.normalize(s - s.mean(0), dim=0, eps=1e-6)
-    return s.T @ s

@@ -133,7 +133,7 @@ def test_a_file_nobody_vouches_for_is_refused_until_somebody_does(server):
     "The message is the line to add."
     served, cache = server
     csail(served/'resnet18_places365.pth.tar')
-    with pytest.raises(core.InputError, match='nobody vouches') as raised: models.create_model('resnet18', 365, weights='places365')
+    with pytest.raises(core.InputError, match='no known checksum') as raised: models.create_model('resnet18', 365, weights='places365')
     line = str(raised.value).split("add the line '")[1].split("'")[0]
     (cache/'SHA256SUMS').write_text(line + '\n')
     assert models.create_model('resnet18', 365, weights='places365').num_classes == 365

@@ -18,37 +18,50 @@ from torchvision.models import get_model_weights
 
 from .core import InputError, Progress, choose, require
 
-# %% ../../nbs/base/02_weights.ipynb #79b289be
+# %% ../../nbs/base/02_weights.ipynb #79b289bd
 @dataclass(frozen=True)
 class Published:
-    "Where somebody's weights are."
+    "Weights that somebody publishes."
     url:str          # folder
     files:dict       # architecture -> name of the file
     classes:int
     sums:dict=field(default_factory=dict)                     # file -> SHA-256, where its name does not begin it
     stats:tuple=((.485, .456, .406), (.229, .224, .225))      # mean, std that the images were normalised with
 
-IMAGENET = 'shufflenet_v2_x1_5', 'resnet18', 'resnet34', 'resnet50', 'densenet121'     # whose ImageNet weights torchvision has
+# %% ../../nbs/base/02_weights.ipynb #79b289be
+IMAGENET = 'shufflenet_v2_x1_5', 'resnet18', 'resnet34', 'resnet50', 'densenet121'     # torchvision has weights
+
 PUBLIC = {
     'imagenet': Published('https://download.pytorch.org/models',
         {a: get_model_weights(a).IMAGENET1K_V1.url.rpartition('/')[2] for a in IMAGENET}, 1000),
-    'places365': Published('http://places2.csail.mit.edu/models_places365', {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')},
-        365,
+    'places365': Published('http://places2.csail.mit.edu/models_places365',
+        {a: f'{a}_places365.pth.tar' for a in ('resnet18', 'resnet50')}, 365,
         {'resnet50_places365.pth.tar': '46529c86902bd0cfb0ea562a30b2850c28d2620d96282b3db9c318e1d774f6c5'}),
 }
 
-# %% ../../nbs/base/02_weights.ipynb #d14f4e25
+# %% ../../nbs/base/02_weights.ipynb #d14f4e24
 def weights_dir(
 ) -> Path:
-    "Where public weights are kept: `$PCL_NB_WEIGHTS`, or torch.hub's folder."
+    "Folder of public weights: `$PCL_NB_WEIGHTS`, or torch.hub's."
     return Path(os.environ.get('PCL_NB_WEIGHTS') or Path(torch.hub.get_dir())/'checkpoints')
 
+# %% ../../nbs/base/02_weights.ipynb #d14f4e25
 def _expected(path, known):
-    "Beginning of the SHA-256 that a file has to have: from `SHA256SUMS` beside it, else as known or in its name; None: nobody has said."
+    "Beginning of a file's SHA-256: by `SHA256SUMS` beside it, else as known, else as in its name, else None."
     sums, named = path.with_name('SHA256SUMS'), re.search(r'-([0-9a-f]{8,64})\.', path.name)
-    lines = sums.read_text().split('\n') if sums.exists() else []
-    return next((l.split()[0].lower() for l in lines if len(l.split()) == 2 and l.split()[1].lstrip('*') == path.name),
-        known or named and named[1])
+    lines = [l.split() for l in sums.read_text().split('\n')] if sums.exists() else []
+    given = (l[0].lower() for l in lines if len(l) == 2 and l[1].lstrip('*') == path.name)
+    return next(given, known or named and named[1])
+
+# %% ../../nbs/base/02_weights.ipynb #25155f13
+def _save(url, answer, part, path, progress):
+    "Write a response to the file `part`; `InputError` if it ends early."
+    size = int(answer.headers.get('Content-Length') or 0) or None
+    with open(part, 'wb') as f, Progress(desc=path.name, total=size, unit='B', unit_scale=True, disable=not progress,
+            leave=False) as bar:
+        while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
+        require(size in (None, f.tell()),
+            f'{url} ended after {f.tell()} of {size} bytes; try again, or place the file as {path}')
 
 # %% ../../nbs/base/02_weights.ipynb #25155f14
 def _download(url, path, progress=True):
@@ -56,80 +69,84 @@ def _download(url, path, progress=True):
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as f, Progress(desc=path.name,
-                total=int(answer.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True, disable=not progress,
-                leave=False) as bar:
-            while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
-            require(bar.total in (None, f.tell()),
-                f'{url} ended after {f.tell()} of {bar.total} bytes; try again, or place the file as {path}')
+        with urllib.request.urlopen(url, timeout=60) as answer: _save(url, answer, part, path, progress)
         os.replace(part, path)
+    except InputError: raise
     except (OSError, ValueError, http.client.HTTPException) as e:            # urllib's errors are OSErrors
-        if isinstance(e, InputError): raise
         raise InputError(f'{url} cannot be fetched ({e}); place the file as {path}') from None
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/base/02_weights.ipynb #61f1a007
+def _check_sum(path, known, fetched):
+    "`InputError` unless a file's SHA-256 is the expected one; a wrong file that was just fetched is removed."
+    with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+    wanted = _expected(path, known)
+    require(wanted is not None, f"{path} has the SHA-256 {found} and no known checksum; if you trust its source, "
+        f"add the line '{found}  {path.name}' to {path.with_name('SHA256SUMS')}")
+    if found.startswith(wanted): return
+    if fetched: path.unlink()
+    raise InputError(f"{path} has the SHA-256 {found} and should have {wanted}{'...' if len(wanted) < 64 else ''}; "
+        + ('it was not kept, try again' if fetched else 'remove it, and it is fetched again'))
+
+# %% ../../nbs/base/02_weights.ipynb #61f1a008
 def weights_file(
     source:str,      # a name in `PUBLIC`
-    arch:str,        # a name in `ARCHS`
+    arch:str,        # a name in `models.ARCHS`
     progress=True    # show a bar
 ) -> Path:
-    "The file of public weights, fetched if it has to be; `InputError` unless its SHA-256 is the expected one."
+    "The file of public weights, fetched if it is missing; `InputError` unless its SHA-256 is the expected one."
     public = PUBLIC[choose(source, PUBLIC, 'weights')]
     require(arch in public.files, f"there are no {source} weights of {arch}; there are of {', '.join(public.files)}")
     path = weights_dir()/public.files[arch]
     fetched = not path.exists()
     if fetched: _download(f"{os.environ.get('PCL_NB_WEIGHTS_URL') or public.url}/{path.name}", path, progress)
-    with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-    wanted = _expected(path, public.sums.get(path.name))
-    require(wanted is not None,
-        f"{path} has the SHA-256 {found}, for which nobody vouches; if you trust where it comes from, add the line '{found}  {path.name}' to {path.with_name('SHA256SUMS')}")
-    if not found.startswith(wanted):
-        if fetched: path.unlink()
-        raise InputError(f"{path} has the SHA-256 {found} and should have {wanted}{'...' if len(wanted) < 64 else ''}; "
-            + ('it was not kept, try again' if fetched else 'remove it, and it is fetched again'))
+    _check_sum(path, public.sums.get(path.name), fetched)
     return path
 
 # %% ../../nbs/base/02_weights.ipynb #03d4968b
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY = (_SCALAR, 'numpy.core.multiarray.scalar'), _SCALAR, np.dtype, type(np.dtype('f8')), type(np.dtype('f4'))
+
+# %% ../../nbs/base/02_weights.ipynb #03d4968c
 def _open(path):
-    "The state dict in a file of weights; no code in it is run."
-    scalar = np.float64(0).__reduce__()[0]
+    "The state dict in a file of weights, under today's names; no code in it is run."
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(scalar, 'numpy.core.multiarray.scalar'), scalar, np.dtype,
-                type(np.dtype('f8')), type(np.dtype('f4'))]):
-            warnings.filterwarnings('ignore', 'pickle_load_args')      # torch says that an encoding has no effect here; it has
-            found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')       # Python 2's numbers are bytes that no other encoding has
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*_NUMPY]):
+            warnings.filterwarnings('ignore', 'pickle_load_args')     # torch says that `encoding` has no effect; it has
+            found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')     # numbers of Python 2
         inside = 'state_dict', 'model_state_dict', 'model', 'net'
         found = next((found[k] for k in inside if isinstance(found.get(k), dict)), found)
         of_2017 = r'(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.'
         return {re.sub(of_2017, r'\1\2.', k): v for k, v in found.items()}
     except Exception as e:
-        raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({(str(e).strip() or type(e).__name__).splitlines()[0][:120]})') from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        raise InputError(f'{str(path)!r} is refused: not a file of weights alone ({why})') from None
+
+# %% ../../nbs/base/02_weights.ipynb #7e2ea937
+def public_state(
+    source:str,   # a name in `PUBLIC`
+    arch:str      # a name in `models.ARCHS`
+) -> dict:  # for torchvision's network
+    "The state dict of public weights."
+    return _open(weights_file(source, arch))
 
 # %% ../../nbs/base/02_weights.ipynb #ef90ee8b
 def _prefix(state, own):
-    "The prefix that most names of a state dict have before those of the network ('module.'), and how many have it."
+    "The prefix that most names of a state dict have before those of the network ('module.'), and their number."
     fits = Counter(k[:i] for k in state for i in (0, *(m.end() for m in re.finditer(r'\.', k))) if k[i:] in own)
     return max(fits.items(), key=lambda f: (f[1], -len(f[0])), default=('', 0))
 
 # %% ../../nbs/base/02_weights.ipynb #6e88ab5a
 def _fill(module, state, what):
-    "Load a state dict, whatever prefix its names have; one line if it is another network's."
+    "Load a state dict, whatever prefix its names have; `InputError` if it is another network's."
     own = module.state_dict()
     prefix = _prefix(state, own)[0]
     state = {k.removeprefix(prefix): v for k, v in state.items()}
-    fits = {k: isinstance(v, Tensor) and k in own and v.shape == own[k].shape for k, v in state.items()}
-    wrong = [k for k in state if not fits[k]] + [k for k in own if k not in state and not k.endswith('num_batches_tracked')]      # files older than the counter have none
+    wrong = [k for k, v in state.items() if not (isinstance(v, Tensor) and k in own and v.shape == own[k].shape)]
+    wrong += [k for k in own if k not in state and not k.endswith('num_batches_tracked')]  # older files lack it
     if wrong:
         k = wrong[0]
-        says = [f'{tuple(v.shape)}' if isinstance(v := d.get(k), Tensor) else 'missing' for d in (state, own)]
-        raise InputError(f'{what} do not fit this network: {k} is {says[0]} there, {says[1]} here ({len(wrong)} such); give the architecture, width, classes and side head that they were saved with')
+        there, here = (str(tuple(v.shape)) if isinstance(v := d.get(k), Tensor) else 'missing' for d in (state, own))
+        raise InputError(f'{what} do not fit this network: {k} is {there} there, {here} here ({len(wrong)} such); '
+            'give the architecture, width, classes and side head that they were saved with')
     module.load_state_dict(state, strict=False)
-
-# %% ../../nbs/base/02_weights.ipynb #7e2ea937
-def public_state(
-    source:str,   # a name in `PUBLIC`
-    arch:str      # a name in `ARCHS`
-) -> dict:  # for torchvision's network
-    "The state dict of public weights."
-    return _open(weights_file(source, arch))
