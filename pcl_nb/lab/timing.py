@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'seconds', 'memory', 'in_process', 'contest', 'contest_in_one', 'ratios', 'installed', 'Contests']
 
-# %% ../../nbs/lab/12_timing.ipynb #af7158dd
-import contextlib, importlib.metadata, multiprocessing, resource, time
+# %% ../../nbs/lab/12_timing.ipynb #3db66490
+import contextlib, importlib.metadata, multiprocessing, resource, sys, time
 from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
@@ -41,20 +41,19 @@ def in_process(
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
         return process.submit(wrap_non_picklable_objects(f), *args).result()
 
-# %% ../../nbs/lab/12_timing.ipynb #9f1e0dd6
+# %% ../../nbs/lab/12_timing.ipynb #108ea3f7
 def _prepare(make, name, args, threads):
-    "Make the contestant of this process; the first call is not measured."
-    global _contestant
+    "Make the contestant of this process, kept in `sys`; the first call is not measured."
     torch.set_num_threads(threads)
-    _contestant = make(name, *args)
-    _contestant()
+    sys.contestant = make(name, *args)
+    sys.contestant()
 
 def _turn(device):
     "Seconds of a turn."
-    _contestant()
-    return (seconds(_contestant, device) + seconds(_contestant, device))/2
+    sys.contestant()
+    return (seconds(sys.contestant, device) + seconds(sys.contestant, device))/2
 
-# %% ../../nbs/lab/12_timing.ipynb #50462ad3
+# %% ../../nbs/lab/12_timing.ipynb #0e41f147
 def contest(
     names,        # of the contestants
     make,         # (name, *args) -> contestant; runs in the process of the contestant
@@ -63,11 +62,12 @@ def contest(
     device
 ) -> pd.DataFrame:  # seconds, a row a round, a column a contestant
     "Contestants in turns, each in its process."
-    spawn, portable = multiprocessing.get_context('spawn'), wrap_non_picklable_objects(make)
+    spawn = multiprocessing.get_context('spawn')
+    prepare, turn, make = map(wrap_non_picklable_objects, (_prepare, _turn, make))
     with contextlib.ExitStack() as stack:
         own = {n: stack.enter_context(ProcessPoolExecutor(1, spawn)) for n in names}
-        for n, process in own.items(): process.submit(_prepare, portable, n, args, torch.get_num_threads()).result()
-        return pd.DataFrame([{n: process.submit(_turn, device).result() for n, process in own.items()}
+        for n, process in own.items(): process.submit(prepare, make, n, args, torch.get_num_threads()).result()
+        return pd.DataFrame([{n: process.submit(turn, device).result() for n, process in own.items()}
             for _ in range(rounds)])
 
 # %% ../../nbs/lab/12_timing.ipynb #b1f6dbf0
@@ -101,7 +101,7 @@ def installed(
         return ''
     return {n: version(n) for n in packages}
 
-# %% ../../nbs/lab/12_timing.ipynb #c2d245d9
+# %% ../../nbs/lab/12_timing.ipynb #54701541
 class Contests:
     "Ratios as they are measured: part, arch, what, images_per_second, times_as_fast, rounds, against."
     def __init__(self, batch, rounds, device):
@@ -120,7 +120,8 @@ class Contests:
     def both_ways(self, part, archs, names, make, against, **images):
         "Contests of each architecture: in processes of their own, and in one that keeps its memory."
         parts = {part: contest, f'{part}, memory kept': contest_in_one}
-        return pd.concat([self.add(name, a, of(names, make, a, rounds=self.rounds, device=self.device), against, **images)
+        def rounds(of, arch): return of(names, make, arch, rounds=self.rounds, device=self.device)
+        return pd.concat([self.add(name, a, rounds(of, a), against, **images)
             for name, of in parts.items() for a in archs]).round(2)
 
 # %% ../../nbs/lab/12_timing.ipynb #be5e7ad9
