@@ -146,16 +146,17 @@ def parameters_of(
     lines = [line for c in cells for line in ast.parse(c.source).body if isinstance(line, ast.AnnAssign)]
     return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
-# %% ../../nbs/lab/06_experiment.ipynb #c7693d49
+# %% ../../nbs/lab/06_experiment.ipynb #e547c540
 def given_parameters(
     names:dict,    # the notebook's globals()
     declared       # names of its parameters
 ) -> dict:  # name -> value
-    "What is defined after the first parameter; in a live kernel, what was so at the first call."
+    "Plain values defined after the first parameter; in a live kernel, those of the first call."
     if '_given' not in names:
         order = list(names)
         first = min((order.index(n) for n in declared if n in names), default=len(order))
-        names['_given'] = [n for n in order[first:] if not n.startswith('_')]
+        def plain(v): return v is None or isinstance(v, (str, int, float, list, tuple, dict))
+        names['_given'] = [n for n in order[first:] if not n.startswith('_') and plain(names[n])]
     return {n: names[n] for n in names['_given']}
 
 # %% ../../nbs/lab/06_experiment.ipynb #848239e4
