@@ -148,6 +148,18 @@ def test_papermill_lists_every_checked_parameter(notebook):
     assert [n for n, p in listed.items() if not p['help'] or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool')] == []
 
 
+@each(EXPERIMENTS)
+def test_experiment_is_short(notebook):
+    "Some 100 lines of code without the parameters, 15 a cell, 120 columns; the committed picture where there is one."
+    cells = [c.source.splitlines() for c in code_cells(notebook) if not tagged([c])]
+    assert max(map(len, cells)) <= 15 and max(len(line) for c in cells for line in c) <= 120
+    assert sum(bool(line.strip()) for c in cells for line in c) <= 101
+    prose = '\n'.join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == 'markdown')
+    shown = re.findall(r'!\[[^]]+\]\(([^)]+)\)', prose)
+    assert all((NBS/path).exists() for path in shown)
+    assert shown or notebook.stem in ('target_class', 'erasing_methods', 'open_choices', 'your_own', 'explore')
+
+
 @pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='nbs/index.ipynb is not written yet')
 def test_readme_is_the_rendered_index(tmp_path):
     "README.md is what tools/readme.py makes of nbs/index.ipynb."
