@@ -35,9 +35,10 @@ docs: $(READY)  ## the notebooks as a site with search, in _docs; open _docs/ind
 readme: $(READY)  ## render nbs/index.ipynb as README.md
 	$(BIN)/python tools/readme.py
 
-check: $(READY)  ## clean and export the notebooks; fails where that changes a committed file
+check: $(READY)  ## clean and export the notebooks, lint the package; fails where that changes a committed file
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/ruff check pcl_nb
 	git diff --exit-code -- nbs pcl_nb
 
 clean:  ## remove caches and build leftovers; trained runs, results and .venv stay

@@ -180,7 +180,7 @@ def test_defaults_are_valid():
     ('arch', 'resnet19', "did you mean 'resnet18'?"),
     ('profile', 'tiny', 'valid: smoke, embedded, photos'),
     ('scenes', 'folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
-    ('objects', 'image_net', 'valid: concept_scenes, concept_objects, folder:PATH'),
+    ('objects', 'image_net', 'valid: concept_scenes, concept_scenes_hard, concept_objects, folder:PATH'),
     ('images_from', 'places', 'valid: scenes, objects, own'),
     ('images', 0, 'parameter images: 0 is not a whole number'),
     ('images', 1.5, 'parameter images: 1.5 is not a whole number'),

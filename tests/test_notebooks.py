@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import NBS, ROOT, code_cells, contents, tagged
+from pcl_nb.lab.experiment import CHECKS
 
 LAYERS = 'base', '', 'lab', 'names'       # folders of chapters: a module imports what stands before it
 CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb')) + sorted(p for layer in LAYERS if layer for p in (NBS/layer).glob('*.ipynb'))
@@ -47,13 +48,12 @@ def imported_modules(path):
         yield from (n.removeprefix('pcl_nb.') for n in names if n.startswith('pcl_nb.'))
 
 
-def checked_names(notebook):
-    "The names that an experiment hands to `check_parameters`."
+def own_checks(notebook):
+    "The parameters that an experiment gives checks of its own, besides those of all experiments."
     calls = [n for c in code_cells(notebook) for n in ast.walk(ast.parse(c.source))
-             if isinstance(n, ast.Call) and ast.unparse(n.func).split('.')[-1] == 'check_parameters']
-    assert len(calls) == 1, 'an experiment checks its parameters once'
-    common = [n for k in calls[0].keywords if k.arg is None for n in ast.literal_eval(k.value.args[0]).split()]
-    return common + [k.arg for k in calls[0].keywords if k.arg]
+             if isinstance(n, ast.Call) and ast.unparse(n.func) == 'Experiment']
+    assert len(calls) == 1 and calls[0].args[0].value == notebook.stem, 'an experiment names itself once'
+    return [k.arg for k in calls[0].keywords if k.arg != 'fill']
 
 
 def requirements():
@@ -142,10 +142,22 @@ def test_parameters_cell_holds_literals_only(notebook):
 def test_papermill_lists_every_checked_parameter(notebook):
     "Each parameter is checked, and `papermill --help-notebook` shows it with its type and a help text."
     declared = [line.target.id for line in ast.parse(tagged(code_cells(notebook))[0].source).body]
-    assert sorted(checked_names(notebook)) == sorted(declared)
+    assert set(own_checks(notebook)) <= set(declared) <= {*own_checks(notebook), *CHECKS}
     listed = pm.inspect_notebook(str(notebook))
     assert sorted(listed) == sorted(declared)
     assert [n for n, p in listed.items() if not p['help'] or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool')] == []
+
+
+@each(EXPERIMENTS)
+def test_experiment_is_short(notebook):
+    "Some 100 lines of code without the parameters, 15 a cell, 120 columns; the committed picture where there is one."
+    cells = [c.source.splitlines() for c in code_cells(notebook) if not tagged([c])]
+    assert max(map(len, cells)) <= 15 and max(len(line) for c in cells for line in c) <= 120
+    assert sum(bool(line.strip()) for c in cells for line in c) <= 101
+    prose = '\n'.join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == 'markdown')
+    shown = re.findall(r'!\[[^]]+\]\(([^)]+)\)', prose)
+    assert all((NBS/path).exists() for path in shown)
+    assert shown or notebook.stem in ('target_class', 'erasing_methods', 'open_choices', 'your_own', 'explore')
 
 
 @pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='nbs/index.ipynb is not written yet')

@@ -28,6 +28,7 @@ from .recipe import PROFILES
 from .store import is_trained
 from .sweep import RunsFailed, pool, train_all
 from .results import KEY, measurements
+from .experiment import parameters_of
 
 # %% ../../nbs/lab/07_jobs.ipynb #283f623b
 def manifest(
@@ -110,8 +111,7 @@ def recipes_of(
         if cell.cell_type != 'code': continue
         with contextlib.redirect_stdout(io.StringIO()): exec(compile(cell.source, f'{job.notebook}.ipynb', 'exec'), names)
         if 'parameters' in cell.metadata.get('tags', []):
-            for p in job.parameters:
-                choose(p, [k for k in names if k not in names['before'] and not k.startswith('_')], f'parameter of {job.notebook}')
+            for p in job.parameters: choose(p, parameters_of(job.notebook), f'parameter of {job.notebook}')
             names.update(job.parameters)
         if _assigns(cell.source, 'recipes'): return dict(names['recipes'])
     raise InputError(f'{job.notebook}.ipynb does not say which runs it needs: no cell assigns recipes')

@@ -20,6 +20,9 @@ from ..models import ARCHS, _BUILD
 from ..pcl import get_method
 from ..training import Recipe, SCHEMES
 
+# %% ../../nbs/lab/00_recipe.ipynb #f0e1a2b3
+import pcl_nb.erasing  # noqa: F401, registers its methods, in workers too
+
 # %% ../../nbs/lab/00_recipe.ipynb #ae66622b
 @dataclass(frozen=True)
 class Profile:
