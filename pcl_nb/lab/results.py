@@ -95,7 +95,7 @@ def instead(
 # %% ../../nbs/lab/05_results.ipynb #5c29cdd8
 def over_runs(
     rows  # measurements: dicts or DataFrame
-) -> pd.DataFrame:  # arch, network, scheme, data, settings, quantity; value, std (NaN for one run), runs, learned (all have)
+) -> pd.DataFrame:  # KEY without seed; value, std (NaN for one run), runs, learned (all have)
     "Means and standard deviations over runs, in the order of the rows."
     by = pd.DataFrame(rows).groupby([k for k in KEY if k != 'seed'], sort=False)
     means = by.agg(value=('value', 'mean'), std=('value', 'std'), runs=('value', 'size'), learned=('learned', 'all'))
@@ -150,7 +150,7 @@ def save_result(
     figure=None,      # matplotlib figure, or None for a table alone
     **provenance      # parameters, seeds, data fingerprints, seconds ...
 ):
-    "Write `name`.csv, .json and, with a figure, .png and .svg; the JSON last, so that its presence means all are there."
+    "Write `name`.csv, .json and, with a figure, .png and .svg; the JSON last: where it exists, all exist."
     folder = Path(folder)
     require(len(table), f'{name}: no numbers to save')
     for kind in ('png', 'svg') if figure is not None else ():
