@@ -155,7 +155,8 @@ def _parser():
 # %% ../../nbs/lab/10_command.ipynb #e14c0050
 def _write_gallery():
     base = figures_dir('')
-    write_atomic(base/'README.md', gallery({p: base/p for p in PROFILES if p != 'smoke' and (base/p).is_dir()}).encode())
+    folders = {p: base/p for p in PROFILES if p != 'smoke' and (base/p).is_dir()}
+    write_atomic(base/'README.md', gallery(folders).encode())
     print(base/'README.md')
     return 0
 
@@ -236,7 +237,3 @@ def main(
     except KeyboardInterrupt:
         print(f'interrupted; {again}', file=sys.stderr)
         return 130
-
-# %% ../../nbs/lab/10_command.ipynb #a37be88e
-#| eval: false
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
