@@ -28,8 +28,8 @@ from .models import ARCHS, TITLES
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = '#3b6fb6', '#e8862e', '#3f9b52', '#c44e52', '#8268b0', '#8a8a8a'
 
 NETWORKS = {     # network -> label
-    'init': 'initialised', 'objects': 'objects', 'scenes': 'scenes', 'side': 'side', 'ipc': 'IPC', 'cpc': 'CPC', 'pcl': 'final (PCL)',
-    'pcl_s4': 'Ours-S4'}
+    'init': 'initialised', 'objects': 'objects', 'scenes': 'scenes', 'side': 'side', 'ipc': 'IPC', 'cpc': 'CPC',
+    'pcl': 'final (PCL)', 'pcl_s4': 'Ours-S4'}
 
 FIG6 = {'init': BLUE, 'objects': ORANGE, 'scenes': GREEN}
 
@@ -42,9 +42,9 @@ BOX8 = ('cpc', 'ipc'), ('side', 'ipc', 'pcl')       # the two panels of a box of
 FIG9 = {'scenes': BLUE, 'pcl_s4': ORANGE}
 
 # %% ../nbs/16_plots.ipynb #12452e56
-_STYLE = {**sns.axes_style('ticks'), 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8, 'axes.titlesize': 9,
-    'legend.frameon': False, 'axes.linewidth': .6,
-          'xtick.major.width': .6, 'ytick.major.width': .6, 'figure.constrained_layout.use': True}
+_STYLE = {**sns.axes_style('ticks'), 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 8,
+    'axes.titlesize': 9, 'legend.frameon': False, 'axes.linewidth': .6, 'xtick.major.width': .6,
+    'ytick.major.width': .6, 'figure.constrained_layout.use': True}
 
 def _archs(table):
     found = set(table.arch)
@@ -52,30 +52,38 @@ def _archs(table):
 
 def _title(arch): return TITLES.get(arch, arch)
 
+def _label(network): return 'baseline' if network == 'scenes' else NETWORKS[network]
+
+def _bare(ax):
+    "No ticks and no frame: for pictures."
+    ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+
 # %% ../nbs/16_plots.ipynb #463200ea
 MAP = plt.cm.ScalarMappable(plt.Normalize(0, 1), 'viridis')       # colours of a map on its own scale
 
 # %% ../nbs/16_plots.ipynb #687ea6f3
+@plt.rc_context(_STYLE)
 def impact_maps(
     table:pd.DataFrame  # of `erf.map_table`: arch, network, y, lowest, highest, x0, x1 ...
 ) -> Figure:  # rows: initialised, objects, scenes; a column an architecture
     "Figure 5."
     archs, networks = _archs(table), [n for n in FIG6 if n in set(table.network)]
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(networks), len(archs), figsize=(1.5*len(archs) + 1, 1.5*len(networks) + .45), squeeze=False)
-        for (i, network), (j, arch) in product(enumerate(networks), enumerate(archs)):
-            ax, lines = axes[i, j], table[(table.arch == arch) & (table.network == network)].sort_values('y').filter(regex=r'^x\d+$')
-            ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-            if len(lines): ax.imshow(lines.to_numpy()/1e4, cmap='viridis', vmin=0, vmax=1, interpolation='nearest')
-            if i == 0: ax.set_title(_title(arch))
-            if j == 0: ax.set_ylabel(NETWORKS[network])
-        bar = fig.colorbar(MAP, ax=axes, shrink=.6, aspect=25, ticks=[0, .5, 1], label='impact, relative to the map')
-        bar.ax.set_yticklabels(['smallest', '', 'largest']); bar.outline.set_visible(False)
-        fig.supxlabel('first run of each network', size=8)
+    size = 1.5*len(archs) + 1, 1.5*len(networks) + .45
+    fig, axes = plt.subplots(len(networks), len(archs), figsize=size, squeeze=False)
+    for (i, network), (j, arch) in product(enumerate(networks), enumerate(archs)):
+        ax, rows = axes[i, j], table[(table.arch == arch) & (table.network == network)].sort_values('y')
+        values = rows.filter(regex=r'^x\d+$').to_numpy()/1e4
+        _bare(ax)
+        if len(rows): ax.imshow(values, cmap='viridis', vmin=0, vmax=1, interpolation='nearest')
+        if i == 0: ax.set_title(_title(arch))
+        if j == 0: ax.set_ylabel(NETWORKS[network])
+    bar = fig.colorbar(MAP, ax=axes, shrink=.6, aspect=25, ticks=[0, .5, 1], label='impact, relative to the map')
+    bar.ax.set_yticklabels(['smallest', '', 'largest']); bar.outline.set_visible(False)
+    fig.supxlabel('first run of each network', size=8)
     return fig
 
 # %% ../nbs/16_plots.ipynb #967f7ba9
-def _name(network, colour): return 'baseline' if network == 'scenes' and colour != GREEN else NETWORKS[network]
+def _name(network, colour): return NETWORKS[network] if colour == GREEN else _label(network)
 
 def _panel(ax, rows, colours, drop, log, smooth):
     "A line a network: counts over bins."
@@ -116,25 +124,27 @@ def _legend(fig, axes):
     fig.legend(handles.values(), handles.keys(), loc='outside right upper')
 
 # %% ../nbs/16_plots.ipynb #f40ae899
+@plt.rc_context(_STYLE)
 def _grid(table, sizes, colours, panels, log, smooth):
     "A row a panel (label, stage, bins dropped, quantity), two columns an architecture: lines and ERF sizes."
     archs = _archs(table)
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), 2*len(archs), figsize=(3*len(archs) + 1.1, 1.6*len(panels) + .55), squeeze=False,
-            width_ratios=[1.6, 1]*len(archs))
-        for line, (label, stage, drop, quantity) in zip(axes, panels):
-            for arch, ax, beside in zip(archs, line[::2], line[1::2]):
-                _panel(ax, table[(table.stage == stage) & (table.arch == arch)], colours, drop, log, smooth)
-                _sizes(beside, sizes[(sizes.quantity == quantity) & (sizes.arch == arch)], colours)
-            line[0].set_ylabel(f'{label}\npixels')
-        for ax, arch in zip(axes[0, ::2], archs): ax.set_title(_title(arch))
-        for ax in axes[-1, ::2]: ax.set_xlabel('bin of normalised impact')
-        for ax in axes[-1, 1::2]: ax.set_xlabel('ERF size (pixels)')
-        _legend(fig, axes.flat)
+    size = 3*len(archs) + 1.1, 1.6*len(panels) + .55
+    fig, axes = plt.subplots(len(panels), 2*len(archs), figsize=size, squeeze=False, width_ratios=[1.6, 1]*len(archs))
+    for line, (label, stage, drop, quantity) in zip(axes, panels):
+        for arch, ax, beside in zip(archs, line[::2], line[1::2]):
+            _panel(ax, table[(table.stage == stage) & (table.arch == arch)], colours, drop, log, smooth)
+            _sizes(beside, sizes[(sizes.quantity == quantity) & (sizes.arch == arch)], colours)
+        line[0].set_ylabel(f'{label}\npixels')
+    for ax, arch in zip(axes[0, ::2], archs): ax.set_title(_title(arch))
+    for ax in axes[-1, ::2]: ax.set_xlabel('bin of normalised impact')
+    for ax in axes[-1, 1::2]: ax.set_xlabel('ERF size (pixels)')
+    _legend(fig, axes.flat)
     return fig
 
 # %% ../nbs/16_plots.ipynb #c2d06f57
-def _views(stage, bins): return [(f'{100 - d} bins', stage, bins*d//100, f'{q} {stage}') for d, q in ((10, 'erf'), (30, 'erf70'))]
+def _views(stage, bins):
+    "The panels of a stage: its upper 90 and 70 % of the bins."
+    return [(f'{100 - d} bins', stage, bins*d//100, f'{q} {stage}') for d, q in ((10, 'erf'), (30, 'erf70'))]
 
 # %% ../nbs/16_plots.ipynb #e1b12001
 def histograms_by_data(
@@ -156,10 +166,12 @@ def histograms_by_method(
     smooth:int=1
 ) -> Figure:
     "Figure 7: baseline and PCL; stages 3 and 4, 90 bins."
-    panels = [(s.replace('stage', 'stage '), s, bins//10, f'erf {s}') for s in ('stage3', 'stage4') if s in set(table.stage)]
+    stages = [s for s in ('stage3', 'stage4') if s in set(table.stage)]
+    panels = [(s.replace('stage', 'stage '), s, bins//10, f'erf {s}') for s in stages]
     return _grid(table, sizes, FIG7, panels, log, smooth)
 
 # %% ../nbs/16_plots.ipynb #9cd8e22f
+@plt.rc_context(_STYLE)
 def histograms_by_loss(
     table:pd.DataFrame,    # arguments as above
     sizes:pd.DataFrame,
@@ -171,20 +183,19 @@ def histograms_by_loss(
     archs, rows, sizes = _archs(table), table[table.stage == 'stage3'], sizes[sizes.quantity == 'erf stage3']
     across = min(len(archs), 2)
     down = -(-len(archs)//across)
-    with plt.rc_context(_STYLE):
-        fig = plt.figure(figsize=(5*across + .9, 2.1*down + .1))
-        fig.get_layout_engine().set(w_pad=.07)
-        boxes = fig.subfigures(down, across, squeeze=False, wspace=.03, hspace=.04).ravel()
-        for arch, box in zip(archs, boxes):
-            box.patch.set(edgecolor='black', linewidth=.8); box.suptitle(_title(arch), size=9)
-            *axes, beside = box.subplots(1, 3)
-            axes[1].sharey(axes[0]); axes[1].tick_params(labelleft=False)
-            for ax, networks in zip(axes, BOX8):
-                _panel(ax, rows[rows.arch == arch], {n: FIG8[n] for n in networks}, bins//10, log, smooth)
-                ax.set_xlabel('bin of normalised impact')
-            _sizes(beside, sizes[sizes.arch == arch], FIG8); beside.set_xlabel('ERF size (pixels)')
-            axes[0].set_ylabel('pixels')
-        _legend(fig, fig.axes)
+    fig = plt.figure(figsize=(5*across + .9, 2.1*down + .1))
+    fig.get_layout_engine().set(w_pad=.07)
+    boxes = fig.subfigures(down, across, squeeze=False, wspace=.03, hspace=.04).ravel()
+    for arch, box in zip(archs, boxes):
+        box.patch.set(edgecolor='black', linewidth=.8); box.suptitle(_title(arch), size=9)
+        *axes, beside = box.subplots(1, 3)
+        axes[1].sharey(axes[0]); axes[1].tick_params(labelleft=False)
+        for ax, networks in zip(axes, BOX8):
+            _panel(ax, rows[rows.arch == arch], {n: FIG8[n] for n in networks}, bins//10, log, smooth)
+            ax.set_xlabel('bin of normalised impact')
+        _sizes(beside, sizes[sizes.arch == arch], FIG8); beside.set_xlabel('ERF size (pixels)')
+        axes[0].set_ylabel('pixels')
+    _legend(fig, fig.axes)
     return fig
 
 # %% ../nbs/16_plots.ipynb #c5fbab46
@@ -219,27 +230,27 @@ def _share(ax, rows, colour, label, style='-', aside=None):
 def _share_axes(axes, fig):
     "Axes of distributions, and one legend for all."
     for ax in axes:
-        ax.set(xlabel='coverage ratio', xlim=(0, 1), xticks=[0, .25, .5, .75, 1], xticklabels=['0', '.25', '.5', '.75', '1'])
-        ax.tick_params(length=2)
+        ax.set(xlabel='coverage ratio', xlim=(0, 1)); ax.tick_params(length=2)
+        ax.set_xticks([0, .25, .5, .75, 1], ['0', '.25', '.5', '.75', '1'])
     axes[0].set_ylabel('images (%)'); axes[0].set_ylim(bottom=0)
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
 
 # %% ../nbs/16_plots.ipynb #e2a00001
+@plt.rc_context(_STYLE)
 def focus_by_scheme(
     table:pd.DataFrame    # scheme, seed, data ('scenes' or 'objects'), bin, share
 ) -> Figure:
     "Figure 1: simple and complex training scheme; both validation sets, scenes, objects."
     panels = {'(a) both validation sets': ('scenes', 'objects'), '(b) scenes': ('scenes',), '(c) objects': ('objects',)}
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.3), sharex=True, sharey=True)
-        for ax, (title, sets) in zip(axes, panels.items()):
-            kinds = [(s, d) for d in sets for s in FIG1]
-            for i, (scheme, data) in enumerate(kinds):
-                rows = table[(table.scheme == scheme) & (table.data == data)]
-                aside = .03*((i + .5)/len(kinds) - .5)          # within .6 of a bin of .05
-                if len(rows): _share(ax, rows, FIG1[scheme], f'{scheme}, {data}', '--' if data == 'objects' else '-', aside)
-            ax.set_title(title)
-        _share_axes(axes, fig)
+    fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.3), sharex=True, sharey=True)
+    for ax, (title, sets) in zip(axes, panels.items()):
+        kinds = [(s, d) for d in sets for s in FIG1]
+        for i, (scheme, data) in enumerate(kinds):
+            rows = table[(table.scheme == scheme) & (table.data == data)]
+            aside = .03*((i + .5)/len(kinds) - .5)          # within .6 of a bin of .05
+            if len(rows): _share(ax, rows, FIG1[scheme], f'{scheme}, {data}', '--' if data == 'objects' else '-', aside)
+        ax.set_title(title)
+    _share_axes(axes, fig)
     return fig
 
 # %% ../nbs/16_plots.ipynb #e2a00002
@@ -258,13 +269,15 @@ def change_text(
 def _shift_lines(ax, shifts, colours):
     "The change of the mean against the baseline, a line a network, in the upper right corner."
     if not len(shifts): return
-    lines = [('change of the mean', GREY)] + [
-        ((f'{NETWORKS[r.a]} ' if len(shifts) > 1 else '') + change_text(r.estimate, r.low, r.high), colours[r.a]) for r in shifts.itertuples()]
+    def text(r): return f'{NETWORKS[r.a]} '*(len(shifts) > 1) + change_text(r.estimate, r.low, r.high)
+    lines = [('change of the mean', GREY), *((text(r), colours[r.a]) for r in shifts.itertuples())]
     ax.set_ylim(top=max(ax.get_ylim()[1], ax.dataLim.ymax*(1.05 + .09*len(lines))))           # room above the lines
     for i, (text, colour) in enumerate(lines):
-        ax.annotate(text, (1, 1), (0, -1 - 8*i), 'axes fraction', 'offset points', ha='right', va='top', size=6.5, color=colour)
+        ax.annotate(text, (1, 1), (0, -1 - 8*i), 'axes fraction', 'offset points', ha='right', va='top', size=6.5,
+            color=colour)
 
 # %% ../nbs/16_plots.ipynb #02672acd
+@plt.rc_context(_STYLE)
 def focus_by_network(
     table:pd.DataFrame,        # arch, network, seed, bin, share
     colours:dict,              # network -> colour: FIG2 or FIG3
@@ -272,59 +285,60 @@ def focus_by_network(
 ) -> Figure:
     "Figures 2 and 3: distributions of several networks, a column an architecture."
     archs = _archs(table)
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, len(archs), figsize=(1.9*len(archs) + 1.3, 2.2), squeeze=False, sharey=True)
-        for ax, arch in zip(axes[0], archs):
-            for network, colour in colours.items():
-                rows = table[(table.arch == arch) & (table.network == network)]
-                if len(rows):
-                    _share(ax, rows, colour, 'baseline' if network == 'scenes' else NETWORKS[network], '--' if colour == GREY else '-')
-            if shifts is not None: _shift_lines(ax, shifts[shifts.arch == arch], colours)
-            ax.set_title(_title(arch))
-        _share_axes(axes[0], fig)
+    fig, axes = plt.subplots(1, len(archs), figsize=(1.9*len(archs) + 1.3, 2.2), squeeze=False, sharey=True)
+    for ax, arch in zip(axes[0], archs):
+        for network, colour in colours.items():
+            rows = table[(table.arch == arch) & (table.network == network)]
+            if len(rows): _share(ax, rows, colour, _label(network), '--' if colour == GREY else '-')
+        if shifts is not None: _shift_lines(ax, shifts[shifts.arch == arch], colours)
+        ax.set_title(_title(arch))
+    _share_axes(axes[0], fig)
     return fig
 
 # %% ../nbs/16_plots.ipynb #a2840c38
 EVIDENCE = {'init': BLUE, **FIG8}
 
 # %% ../nbs/16_plots.ipynb #a05271d0
+@plt.rc_context(_STYLE)
 def evidence_by_rule(
     table:pd.DataFrame   # arch, network, rule, coverage, recall, precision, evidence: means over images
 ) -> Figure:
     "Evidence recall and precision against the coverage ratio, a column a rule."
     rules, archs = list(dict.fromkeys(table.rule)), _archs(table)
     marks = dict(zip(archs, 'os^Dv'))
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(2, len(rules), figsize=(2.1*len(rules) + 1.5, 3.9), squeeze=False, sharex=True, sharey='row')
-        for ax, rule in zip(axes.T, rules):
-            rows = table[table.rule == rule]
-            ax[0].plot([0, 1], [0, 1], color=GREY, lw=.8, ls='--', label='anywhere')
-            ax[1].axhline(table.evidence.mean(), color=GREY, lw=.8, ls='--')
-            for r in rows.itertuples():
-                label = ('baseline' if r.network == 'scenes' else NETWORKS[r.network]) + (f', {_title(r.arch)}' if len(archs) > 1 else '')
-                colour = 'black' if r.network == 'scenes' else EVIDENCE[r.network]
-                for a, y in zip(ax, (r.recall, r.precision)): a.plot(r.coverage, y, marks[r.arch], color=colour, ms=4, mew=0, label=label)
-            ax[0].set_title(rule); ax[1].set_xlabel('coverage ratio')
-            for a in ax: a.set(xlim=(0, 1), ylim=(0, 1)); a.tick_params(length=2)
-        axes[0, 0].set_ylabel('evidence recall'); axes[1, 0].set_ylabel('evidence precision')
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc='outside right upper')
+    size = 2.1*len(rules) + 1.5, 3.9
+    fig, axes = plt.subplots(2, len(rules), figsize=size, squeeze=False, sharex=True, sharey='row')
+    for ax, rule in zip(axes.T, rules):
+        rows = table[table.rule == rule]
+        ax[0].plot([0, 1], [0, 1], color=GREY, lw=.8, ls='--', label='anywhere')
+        ax[1].axhline(table.evidence.mean(), color=GREY, lw=.8, ls='--')
+        for r in rows.itertuples():
+            label = _label(r.network) + f', {_title(r.arch)}'*(len(archs) > 1)
+            how = dict(color='black' if r.network == 'scenes' else EVIDENCE[r.network], ms=4, mew=0, label=label)
+            for a, y in zip(ax, (r.recall, r.precision)): a.plot(r.coverage, y, marks[r.arch], **how)
+        ax[0].set_title(rule); ax[1].set_xlabel('coverage ratio')
+        for a in ax: a.set(xlim=(0, 1), ylim=(0, 1)); a.tick_params(length=2)
+    axes[0, 0].set_ylabel('evidence recall'); axes[1, 0].set_ylabel('evidence precision')
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc='outside right upper')
     return fig
 
 # %% ../nbs/16_plots.ipynb #bb298a42
 def _image_group(axes, g):
     "The three pictures of a group with their captions."
     columns = (('image', g['truth'], 'black', g.get('note', '')),
-        ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"), ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))
+        ('baseline', g['baseline_says'], RED, f"CR {g['cr_baseline']:.2f}"),
+        ('pcl', g['pcl_says'], BLUE, f"CR {g['cr_pcl']:.2f}"))
     for ax, (name, text, colour, below) in zip(axes, columns):
         ax.imshow(g[name], interpolation='nearest')
-        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        _bare(ax)
         ax.set_xlabel(below, labelpad=2)
         ax.set_title('\n'.join(wrap(str(text).replace('_', ' '), 20)), color=colour, size=8, pad=3)
 
 # %% ../nbs/16_plots.ipynb #f7ff5306
 def image_groups(
-    groups:list   # dicts: image, baseline, pcl: (H,W,3) in [0,1]; truth, baseline_says, pcl_says: texts; cr_baseline, cr_pcl; row
+    groups:list   # dicts: image, baseline, pcl: (H,W,3) in [0,1]; texts truth, baseline_says, pcl_says, row;
+                  # cr_baseline, cr_pcl
 ) -> Figure:
     "Figure 4: several groups a row."
     rows = list(dict.fromkeys(g['row'] for g in groups))
@@ -337,8 +351,8 @@ def image_groups(
             y = height - (i + 1)*(side + over) + .2
             fig.text(.12/width, (y + side/2)/height, '\n'.join(wrap(row, 20)), rotation=90, ha='center', va='center')
             for j, g in enumerate(x for x in groups if x['row'] == row):
-                x = left + j*(3*side + gap)
-                _image_group([fig.add_axes([(x + k*side + .03)/width, y/height, (side - .06)/width, (side - .06)/height])
+                x, inner = left + j*(3*side + gap), side - .06
+                _image_group([fig.add_axes([(x + k*side + .03)/width, y/height, inner/width, inner/height])
                     for k in range(3)], g)
     return fig
 
@@ -346,60 +360,61 @@ def image_groups(
 ACTIVITY = {**FIG6, 'pcl': RED, 'pcl_s4': PURPLE}
 
 # %% ../nbs/16_plots.ipynb #802026f7
+@plt.rc_context(_STYLE)
 def activity_against_erf(
     table:pd.DataFrame   # arch, network, stage; means over runs: positive, erf; positive_std, erf_std (NaN for one run)
 ) -> Figure:
     "ERF size against the share of positive values, stages 3 and 4 (appendix D.3)."
     archs, stages = _archs(table), sorted(set(table.stage))
     marks = dict(zip(archs, 'os^Dv'))
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, len(stages), figsize=(2.5*len(stages) + 1.6, 2.3), squeeze=False)
-        for ax, stage in zip(axes[0], stages):
-            for r in table[table.stage == stage].fillna(0.).itertuples():
-                ax.errorbar(r.positive, r.erf, r.erf_std, r.positive_std, fmt=marks[r.arch], color=ACTIVITY[r.network], ms=4, mew=0,
-                    elinewidth=.8, capsize=1.5*(r.erf_std > 0))
-            ax.set(title=stage.replace('stage', 'stage '), xlabel='P(x > 0)'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
-        axes[0, 0].set_ylabel('ERF size (pixels)')
-        networks = [n for n in ACTIVITY if n in set(table.network)]
-        def mark(marker, color, label): return plt.Line2D([], [], ls='', marker=marker, ms=4, mew=0, color=color, label=label)
-        handles = [mark('o', ACTIVITY[n], NETWORKS[n]) for n in networks] + [mark(marks[a], GREY, _title(a)) for a in archs]
-        fig.legend(handles=handles, loc='outside right upper')
+    fig, axes = plt.subplots(1, len(stages), figsize=(2.5*len(stages) + 1.6, 2.3), squeeze=False)
+    for ax, stage in zip(axes[0], stages):
+        for r in table[table.stage == stage].fillna(0.).itertuples():
+            ax.errorbar(r.positive, r.erf, r.erf_std, r.positive_std, fmt=marks[r.arch], color=ACTIVITY[r.network],
+                ms=4, mew=0, elinewidth=.8, capsize=1.5*(r.erf_std > 0))
+        ax.set(title=stage.replace('stage', 'stage '), xlabel='P(x > 0)')
+        ax.set_ylim(bottom=0); ax.tick_params(length=2)
+    axes[0, 0].set_ylabel('ERF size (pixels)')
+    networks = [n for n in ACTIVITY if n in set(table.network)]
+    entries = [('o', ACTIVITY[n], NETWORKS[n]) for n in networks] + [(marks[a], GREY, _title(a)) for a in archs]
+    fig.legend(handles=[plt.Line2D([], [], ls='', marker=m, ms=4, mew=0, color=c, label=l) for m, c, l in entries],
+        loc='outside right upper')
     return fig
 
 # %% ../nbs/16_plots.ipynb #8516726d
+@plt.rc_context(_STYLE)
 def accuracy_against_focus(
     table:pd.DataFrame   # method, top1, top1_std, focus, focus_std
 ) -> Figure:
     "Appendix B: accuracy against focus area, a point a method; bars are standard deviations over runs."
-    with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(4.2, 2.8))
-        colours = GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968'
-        for i, r in enumerate(table.itertuples()):
-            std = [0 if pd.isna(v) else v for v in (r.top1_std, r.focus_std)]
-            ax.errorbar(r.focus, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
-                color=colours[i % len(colours)], ms=5, mew=0, elinewidth=.8,
-                capsize=1.5, label=r.method)
-        ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
-        fig.legend(loc='outside right upper')
+    fig, ax = plt.subplots(figsize=(4.2, 2.8))
+    colours = GREY, ORANGE, GREEN, RED, PURPLE, BLUE, 'black', '#b08968'
+    for i, r in enumerate(table.itertuples()):
+        std = [0 if pd.isna(v) else v for v in (r.top1_std, r.focus_std)]
+        ax.errorbar(r.focus, 100*r.top1, 100*std[0], std[1], fmt='os^D'[i//len(colours) % 4],
+            color=colours[i % len(colours)], ms=5, mew=0, elinewidth=.8,
+            capsize=1.5, label=r.method)
+    ax.set(xlabel='coverage ratio', ylabel='top-1 (%)'); ax.tick_params(length=2)
+    fig.legend(loc='outside right upper')
     return fig
 
 # %% ../nbs/16_plots.ipynb #e64dc6e0
+@plt.rc_context(_STYLE)
 def speed_ratios(
     table:pd.DataFrame   # part, arch, what, times_as_fast, against
 ) -> Figure:
     "Ratios of one benchmark, a panel a part."
     parts = list(dict.fromkeys(table.part))
-    with plt.rc_context(_STYLE):
-        heights = [len(table[(table.part == p) & (table.what != table.against)]) for p in parts]
-        fig, axes = plt.subplots(len(parts), 1, figsize=(5, .21*sum(heights) + .75*len(parts)), squeeze=False,
-            height_ratios=[h + 1 for h in heights])
-        for ax, p in zip(axes[:, 0], parts):
-            rows = table[(table.part == p) & (table.what != table.against)]
-            ax.barh([f'{r.what}, {_title(r.arch)}' for r in rows.itertuples()], rows.times_as_fast, color=BLUE, height=.6)
-            for y, v in enumerate(rows.times_as_fast): ax.text(v, y, f' {v:.2f}', va='center', size=7)
-            ax.axvline(1, color=GREY, lw=.8, ls='--'); ax.invert_yaxis(); ax.tick_params(length=2)
-            ax.set_title('loading: times as fast as torchvision' if p == 'loading'
-                else rows.against.iloc[0] + ''.join(p.partition(', ')[1:]) + ': times as fast as', loc='left')
+    heights = [len(table[(table.part == p) & (table.what != table.against)]) for p in parts]
+    fig, axes = plt.subplots(len(parts), 1, figsize=(5, .21*sum(heights) + .75*len(parts)), squeeze=False,
+        height_ratios=[h + 1 for h in heights])
+    for ax, p in zip(axes[:, 0], parts):
+        rows = table[(table.part == p) & (table.what != table.against)]
+        ax.barh([f'{r.what}, {_title(r.arch)}' for r in rows.itertuples()], rows.times_as_fast, color=BLUE, height=.6)
+        for y, v in enumerate(rows.times_as_fast): ax.text(v, y, f' {v:.2f}', va='center', size=7)
+        ax.axvline(1, color=GREY, lw=.8, ls='--'); ax.invert_yaxis(); ax.tick_params(length=2)
+        ax.set_title('loading: times as fast as torchvision' if p == 'loading'
+            else rows.against.iloc[0] + ''.join(p.partition(', ')[1:]) + ': times as fast as', loc='left')
     return fig
 
 # %% ../nbs/16_plots.ipynb #d29b98e1
@@ -410,30 +425,30 @@ ARROWS = '↑↓'       # one run of each network: the direction alone
 def _claim_order(claims): return sorted(set(claims), key=lambda c: int(c[1:]))
 
 # %% ../nbs/16_plots.ipynb #77b706ee
+@plt.rc_context(_STYLE)
 def verdict_matrix(
     table:pd.DataFrame   # arch, claim, says, verdict, arrow; arch 'all': of all together
 ) -> Figure:
     "A cell a claim and architecture, its verdict or an arrow in it; empty where nothing was measured."
     claims, archs = _claim_order(table.claim), [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     says = table.groupby('claim').says.agg(lambda s: ' / '.join(dict.fromkeys(s)))
-    with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(.95*len(archs) + 4.4 + .3*(len(archs) < 4), .29*len(claims) + .7))
-        for r in table.itertuples():
-            x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
-            ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
-            ax.text(x + .5, y + .5, word, ha='center', va='center', size=5.5 if r.verdict else 8,
-                color='white' if word in ('supported', 'contradicted') else 'black')
-        ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0))
-        ax.set_xticks(np.arange(len(archs)) + .5, [_title(a) for a in archs])
-        ax.set_yticks(np.arange(len(claims)) + .5, [f'{says[c][:1].upper()}{says[c][1:]}' for c in claims])
-        for y, (c, label) in enumerate(zip(claims, ax.get_yticklabels())):
-            label.set(text='\n'.join(wrap(label.get_text(), 62)), size=6.5)
-            ax.text(-.02, y + .5, c, transform=ax.get_yaxis_transform(), ha='right', va='center', size=7.5, weight='bold')
-        ax.xaxis.tick_top(); ax.tick_params(length=0); ax.tick_params(axis='y', pad=26); ax.spines[:].set_visible(False)
+    fig, ax = plt.subplots(figsize=(.95*len(archs) + 4.4 + .3*(len(archs) < 4), .29*len(claims) + .7))
+    for r in table.itertuples():
+        x, y, word = archs.index(r.arch), claims.index(r.claim), r.verdict or r.arrow
+        ax.add_patch(plt.Rectangle((x + .03, y + .05), .94, .9, color=VERDICTS.get(word, '#f3f3f3'), lw=0))
+        ax.text(x + .5, y + .5, word, ha='center', va='center', size=5.5 if r.verdict else 8,
+            color='white' if word in ('supported', 'contradicted') else 'black')
+    ax.set(xlim=(0, len(archs)), ylim=(len(claims), 0))
+    ax.set_xticks(np.arange(len(archs)) + .5, [_title(a) for a in archs])
+    ax.set_yticks(np.arange(len(claims)) + .5, [f'{says[c][:1].upper()}{says[c][1:]}' for c in claims])
+    for y, (c, label) in enumerate(zip(claims, ax.get_yticklabels())):
+        label.set(text='\n'.join(wrap(label.get_text(), 62)), size=6.5)
+        ax.text(-.02, y + .5, c, transform=ax.get_yaxis_transform(), ha='right', va='center', size=7.5, weight='bold')
+    ax.xaxis.tick_top(); ax.tick_params(length=0); ax.tick_params(axis='y', pad=26); ax.spines[:].set_visible(False)
     return fig
 
 # %% ../nbs/16_plots.ipynb #e2a00006
-_CHANGES = 0, 1, -.5, 3, 9, -.9, .25, -.25, -.8, 29, 99, .1, -.1, .05, -.05, .02, -.02        # the first ones that fit are marked
+_CHANGES = 0, 1, -.5, 3, 9, -.9, .25, -.25, -.8, 29, 99, .1, -.1, .05, -.05, .02, -.02      # marks, the first that fit
 
 def _spread_out(ticks, place, least):
     "Those of the ticks, the first first, that stand apart."
@@ -449,7 +464,8 @@ def _change_axis(ax, values, scale):
     if scale == 'points':
         pad = .1*max(high - low, .01)
         ax.set_xlim(low - pad, high + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(3)); ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
         return
     low, high = np.log1p([max(low, -.95), max(min(high, 99), .02)])
     ax.set_xscale('function', functions=(lambda v: np.log1p(np.maximum(v, -.99)), np.expm1))
@@ -461,38 +477,44 @@ def _change_axis(ax, values, scale):
 def _interval(ax, y, r, pooled):
     "A point with its interval, or a diamond; hollow where there is no interval."
     known, low = np.isfinite([r.low, r.high]).all(), max(r.low, -.97) if r.scale == 'ratio' else r.low
-    if pooled and known: ax.fill([low, r.estimate, r.high, r.estimate], [y, y - .3, y, y + .3], color='black', lw=0); return
-    if known: ax.plot([low, r.high], [y, y], color=BLUE, lw=1.2)
-    ax.plot(r.estimate, y, 'D' if pooled else 'o', color='black' if pooled else BLUE, ms=3.5, mfc=None if known else 'white')
+    marker, colour = ('D', 'black') if pooled else ('o', BLUE)
+    if pooled and known:
+        ax.fill([low, r.estimate, r.high, r.estimate], [y, y - .3, y, y + .3], color=colour, lw=0)
+        return
+    if known: ax.plot([low, r.high], [y, y], color=colour, lw=1.2)
+    ax.plot(r.estimate, y, marker, color=colour, ms=3.5, mfc=None if known else 'white')
 
 # %% ../nbs/16_plots.ipynb #e2a00007
 def _comparison_title(r):
     "What a panel compares."
-    what = {'top1': 'top-1', 'focus': 'coverage ratio'}.get(r.quantity, r.quantity.replace('erf', 'ERF').replace('stage', 'stage '))
+    what = r.quantity.replace('erf', 'ERF').replace('stage', 'stage ')
+    what = {'top1': 'top-1', 'focus': 'coverage ratio'}.get(what, what)
     networks = re.sub(r':\w+=', ' ', r.part.replace(' - ', ' against ', 1))
     return f"{r.claim}: {what}{', points' if r.scale == 'points' else ''}\n{networks}"
 
 # %% ../nbs/16_plots.ipynb #b5564db5
+@plt.rc_context(_STYLE)
 def effects(
     table:pd.DataFrame,   # arch (or 'all'), claim, part, quantity, scale ('ratio' or 'points'), estimate, low, high
     across:int=5          # panels a row
 ) -> Figure:
     "Forest plots: a panel a comparison, a row an architecture."
     table = table[np.isfinite(table.estimate.astype(float))]
-    panels = [t for c in _claim_order(table.claim) for _, t in table[table.claim == c].groupby(['part', 'quantity'], sort=False)]
+    panels = [t for c in _claim_order(table.claim)
+        for _, t in table[table.claim == c].groupby(['part', 'quantity'], sort=False)]
     archs = [a for a in (*ARCHS, 'all') if a in set(table.arch)]
     across, down = min(across, len(panels)), -(-len(panels)//across)
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(down, across, figsize=(1.75*across + .9, (.14*len(archs) + .75)*down), squeeze=False, sharey=True)
-        for ax in axes.flat[len(panels):]: ax.axis('off')
-        for ax, rows in zip(axes.flat, panels):
-            shown = rows[['estimate', 'low', 'high']].to_numpy(float)
-            _change_axis(ax, shown[np.isfinite(shown)], rows.scale.iloc[0])
-            for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
-            ax.axvline(0, color=GREY, lw=.7, ls='--', zorder=0)
-            ax.set_title(_comparison_title(rows.iloc[0]), size=6.5)
-            ax.set(ylim=(len(archs) - .4, -.6)); ax.tick_params(length=2, labelsize=6.5)
-            ax.set_yticks(range(len(archs)), [_title(a) for a in archs])
+    size = 1.75*across + .9, (.14*len(archs) + .75)*down
+    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True)
+    for ax in axes.flat[len(panels):]: ax.axis('off')
+    for ax, rows in zip(axes.flat, panels):
+        shown = rows[['estimate', 'low', 'high']].to_numpy(float)
+        _change_axis(ax, shown[np.isfinite(shown)], rows.scale.iloc[0])
+        for r in rows.itertuples(): _interval(ax, archs.index(r.arch), r, r.arch == 'all')
+        ax.axvline(0, color=GREY, lw=.7, ls='--', zorder=0)
+        ax.set_title(_comparison_title(rows.iloc[0]), size=6.5)
+        ax.set(ylim=(len(archs) - .4, -.6)); ax.tick_params(length=2, labelsize=6.5)
+        ax.set_yticks(range(len(archs)), [_title(a) for a in archs])
     return fig
 
 # %% ../nbs/16_plots.ipynb #9af54365
@@ -501,15 +523,22 @@ _PALE = {'supported': '#cfe8d5', 'contradicted': '#f3cfcf', 'undecided': '#ecece
 def _estimate(r):
     "A change in words."
     if not np.isfinite(r.estimate): return ''
-    return f'{100*r.estimate:+.1f} points' if r.scale == 'points' else f'{100*r.estimate:+.0f} %' if r.scale == 'ratio' else f'{r.estimate:.2g}'
+    if r.scale == 'points': return f'{100*r.estimate:+.1f} points'
+    return f'{100*r.estimate:+.0f} %' if r.scale == 'ratio' else f'{r.estimate:.2g}'
 
-_ALTERNATIVE, _FIRST, _TOP1, _PAGE = 1.75, 3., .6, 8.2       # where columns begin, width of the last one, width of the page: inches
+# %% ../nbs/16_plots.ipynb #ed585673
+_ALTERNATIVE, _FIRST = 1.75, 3.     # where columns begin: inches
+
+_TOP1, _PAGE = .6, 8.2              # widths of the last column and of the page: inches
+
+def _centred(ax, x, y, text, **how): ax.text(x, y + .5, text, ha='center', va='center', **how)
 
 def _choice_cell(ax, r, x, y, width):
     "A verdict or an arrow, and the estimate."
     word = f'{r.verdict or r.arrow} {_estimate(r)}'.strip() or 'not compared'
-    ax.add_patch(plt.Rectangle((x + .02, y + .08), width - .04, .84, fc=_PALE.get(r.verdict, '#f6f6f6'), ec='none' if r.survives else 'black', lw=.8))
-    ax.text(x + width/2, y + .5, word, ha='center', va='center', size=6, color='black' if word != 'not compared' else GREY)
+    ax.add_patch(plt.Rectangle((x + .02, y + .08), width - .04, .84, fc=_PALE.get(r.verdict, '#f6f6f6'),
+        ec='none' if r.survives else 'black', lw=.8))
+    _centred(ax, x + width/2, y, word, size=6, color='black' if word != 'not compared' else GREY)
 
 # %% ../nbs/16_plots.ipynb #8f1d6d46
 def _choice_rows(ax, rows, y, columns, width):
@@ -519,7 +548,8 @@ def _choice_rows(ax, rows, y, columns, width):
     for k, (label, mine) in enumerate(rows.groupby('alternative', sort=False)):
         ax.text(_ALTERNATIVE, y + k + .5, label, va='center', weight='bold' if k == 0 else 'normal')
         for r in mine.itertuples(): _choice_cell(ax, r, columns[r.claim], y + k, width)
-        if np.isfinite(mine.top1.iloc[0]): ax.text(_PAGE - _TOP1/2, y + k + .5, f'{100*mine.top1.iloc[0]:.1f} %', ha='center', va='center')
+        top1 = mine.top1.iloc[0]
+        if np.isfinite(top1): _centred(ax, _PAGE - _TOP1/2, y + k, f'{100*top1:.1f} %')
     return y + k + 1
 
 # %% ../nbs/16_plots.ipynb #72814483
@@ -548,7 +578,7 @@ def open_choices(
             width = min((_PAGE - _FIRST - _TOP1)/len(claims), 1.2)
             columns = {c: _FIRST + width*i for i, c in enumerate(_claim_order(claims))}
             for c, x in [*((c, x + width/2) for c, x in columns.items()), ('top-1', _PAGE - _TOP1/2)]:
-                ax.text(x, y + .5, c, ha='center', va='center', weight='bold', size=8)
+                _centred(ax, x, y, c, weight='bold', size=8)
                 ax.text(x, y + 1.1, '\n'.join(wrap(says.get(c, ''), int(27*width))), ha='center', va='top', size=5)
             y += 2.6
             for choice in choices: y = _choice_rows(ax, table[table.choice == choice], y, columns, width)
@@ -580,6 +610,7 @@ def _share_panel(ax, rows, archs, small, least):
     ax.tick_params(length=2); ax.minorticks_off()
 
 # %% ../nbs/16_plots.ipynb #6a167740
+@plt.rc_context(_STYLE)
 def initialisation(
     table:pd.DataFrame,   # arch, init, statistics, reading, stage, view, share
     small:float=.05       # share of the image below which an ERF counts as small
@@ -587,18 +618,17 @@ def initialisation(
     "ERF of initialised networks as share of the image, by initialisation, statistics and reading."
     archs, statistics = _archs(table), [s for s in _STATISTICS if s in set(table.statistics)]
     panels = list(dict.fromkeys(zip(table.stage, table.init)))
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(panels), len(statistics), squeeze=False, sharex=True, sharey=True,
-            figsize=(.5*len(archs)*len(statistics) + 2, 1.5*len(panels) + .8))
-        for line, (stage, init) in zip(axes, panels):
-            rows = table[(table.stage == stage) & (table.init == init)]
-            for ax, s in zip(line, statistics): _share_panel(ax, rows[rows.statistics == s], archs, small, .005)
-            line[0].set_ylabel(f"{init}\n{stage.replace('stage', 'stage ')}: % of image")
-        for ax, s in zip(axes[0], statistics): ax.set_title(_STATISTICS[s])
-        marks = [plt.Rectangle((0, 0), 1, 1, color=c, label=_READINGS[r]) for r, c in READINGS.items()]
-        lines = [plt.Line2D([], [], color=c, lw=.8, ls=ls, label=label)
-            for c, ls, label in (('black', '-', '70-bin view'), (RED, '--', f'small: {small:.0%}'))]
-        fig.legend(handles=marks + lines, loc='outside lower center', ncols=5)
+    fig, axes = plt.subplots(len(panels), len(statistics), squeeze=False, sharex=True, sharey=True,
+        figsize=(.5*len(archs)*len(statistics) + 2, 1.5*len(panels) + .8))
+    for line, (stage, init) in zip(axes, panels):
+        rows = table[(table.stage == stage) & (table.init == init)]
+        for ax, s in zip(line, statistics): _share_panel(ax, rows[rows.statistics == s], archs, small, .005)
+        line[0].set_ylabel(f"{init}\n{stage.replace('stage', 'stage ')}: % of image")
+    for ax, s in zip(axes[0], statistics): ax.set_title(_STATISTICS[s])
+    marks = [plt.Rectangle((0, 0), 1, 1, color=c, label=_READINGS[r]) for r, c in READINGS.items()]
+    lines = [plt.Line2D([], [], color=c, lw=.8, ls=ls, label=label)
+        for c, ls, label in (('black', '-', '70-bin view'), (RED, '--', f'small: {small:.0%}'))]
+    fig.legend(handles=marks + lines, loc='outside lower center', ncols=5)
     return fig
 
 # %% ../nbs/16_plots.ipynb #62baea07
@@ -612,50 +642,60 @@ def impact_lines(
     "Histograms of impact maps, a line a network."
     for (label, counts), colour in zip(histograms.items(), (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)):
         ax.plot(np.arange(drop, len(counts)), counts[drop:], color=colour, lw=1.2, label=label)
-    ax.set(xlim=(drop, len(counts)), xlabel='bin of normalised impact', ylabel='pixels'); ax.set_ylim(bottom=0); ax.tick_params(length=2)
+    ax.set(xlim=(drop, len(counts)), xlabel='bin of normalised impact', ylabel='pixels')
+    ax.set_ylim(bottom=0); ax.tick_params(length=2)
 
 # %% ../nbs/16_plots.ipynb #5be2bd13
+@plt.rc_context(_STYLE)
 def impact_panel(
     histograms:dict   # label -> (bins,) counts
 ) -> Figure:
     "Histograms of one image's impact maps; the upper 90 of 100 bins."
-    with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(3.4, 1.9))
-        impact_lines(ax, histograms); ax.legend()
+    fig, ax = plt.subplots(figsize=(3.4, 1.9))
+    impact_lines(ax, histograms); ax.legend()
     return fig
 
 # %% ../nbs/16_plots.ipynb #96b49ffa
+def _class_bars(ax, classes, colour):
+    "A bar a class: [(class, share)]."
+    labels, shares = zip(*classes)
+    ax.barh(range(len(labels)), shares, color=colour, height=.7, alpha=.45)
+    for y, label in enumerate(labels): ax.text(.02, y, str(label).replace('_', ' '), va='center', size=7)
+    ax.set(xlim=(0, 1), yticks=[]); ax.invert_yaxis(); ax.tick_params(length=2)
+
+@plt.rc_context(_STYLE)
 def explored(
-    rows:list   # dicts: network, note, truth if known; image, CAM, focus area, erased, impact map: (H,W,3) in [0,1]; histogram (bins,); before, after: [(class, share)]
+    rows:list   # dicts: network, note, truth if known; image, CAM, focus area, erased, impact map: (H,W,3) in [0,1];
+                # histogram (bins,); before, after: [(class, share)]
 ) -> Figure:
     "One image as several networks see it, a row a network."
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(len(rows), len(SEEN) + 3, figsize=(1.35*(len(SEEN) + 3) + 2.4, 1.6*len(rows) + .2), squeeze=False,
-            width_ratios=[1]*len(SEEN) + [1.25]*3)
-        for i, (line, r) in enumerate(zip(axes, rows)):
-            for ax, name in zip(line, SEEN):
-                ax.imshow(r[name], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-                if i == 0: ax.set_title(name)
-            line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' '))
-            line[SEEN.index('focus area')].set_xlabel(r['note'])
-            impact_lines(line[-3], {r['network']: r['histogram']})
-            for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
-                labels, shares = zip(*r[name])
-                ax.barh(range(len(labels)), shares, color=colour, height=.7, alpha=.45)
-                for y, label in enumerate(labels): ax.text(.02, y, str(label).replace('_', ' '), va='center', size=7)
-                ax.set(xlim=(0, 1), yticks=[]); ax.invert_yaxis(); ax.tick_params(length=2)
-                if i == 0: ax.set_title(f'{name} erasing')
+    across = len(SEEN) + 3
+    fig, axes = plt.subplots(len(rows), across, figsize=(1.35*across + 2.4, 1.6*len(rows) + .2), squeeze=False,
+        width_ratios=[1]*len(SEEN) + [1.25]*3)
+    for i, (line, r) in enumerate(zip(axes, rows)):
+        for ax, name in zip(line, SEEN):
+            ax.imshow(r[name], interpolation='nearest')
+            _bare(ax)
+            if i == 0: ax.set_title(name)
+        line[0].set(ylabel=r['network'], xlabel=r.get('truth', '').replace('_', ' '))
+        line[SEEN.index('focus area')].set_xlabel(r['note'])
+        impact_lines(line[-3], {r['network']: r['histogram']})
+        for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
+            _class_bars(ax, r[name], colour)
+            if i == 0: ax.set_title(f'{name} erasing')
     return fig
 
 # %% ../nbs/16_plots.ipynb #e1a17001
+@plt.rc_context(_STYLE)
 def null_calibration(
     table:pd.DataFrame  # rule, share
 ) -> Figure:
     "How often each rule decides where there is nothing to find."
-    with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(4.5, .17*len(table) + .7))
-        ax.barh(table.rule, 100*table.share, color=[ORANGE if r.startswith('one run') else BLUE for r in table.rule], height=.65)
-        for x, style in ((5, ':'), (7, '--')): ax.axvline(x, color=GREY, lw=.8, ls=style)
-        for i, share in enumerate(table.share): ax.text(100*share + .6, i, f'{100*share:.1f}', va='center', fontsize=6)
-        ax.set(xlabel='false decisions, % of splits (dotted: 5, dashed: 7)', ylim=(len(table) - .4, -.6), xlim=(0, 105*max(table.share.max(), .1)))
+    fig, ax = plt.subplots(figsize=(4.5, .17*len(table) + .7))
+    colours = [ORANGE if r.startswith('one run') else BLUE for r in table.rule]
+    ax.barh(table.rule, 100*table.share, color=colours, height=.65)
+    for x, style in ((5, ':'), (7, '--')): ax.axvline(x, color=GREY, lw=.8, ls=style)
+    for i, share in enumerate(table.share): ax.text(100*share + .6, i, f'{100*share:.1f}', va='center', fontsize=6)
+    ax.set(xlabel='false decisions, % of splits (dotted: 5, dashed: 7)')
+    ax.set(ylim=(len(table) - .4, -.6), xlim=(0, 105*max(table.share.max(), .1)))
     return fig

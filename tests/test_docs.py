@@ -1,4 +1,5 @@
 """The site: everything in it that is linked is there."""
+import re
 import subprocess
 import sys
 
@@ -19,14 +20,33 @@ def site(tmp_path_factory):
 
 
 def test_every_notebook_has_a_page(site):
-    "Every notebook is there, each chapter with its API."
-    for notebook in (ROOT/'nbs').glob('*.ipynb'):
+    "Every notebook of every layer, each chapter with its API."
+    found = sorted((ROOT/'nbs').rglob('*.ipynb'))
+    assert {n.parent.name for n in found} == {'nbs', 'base', 'lab', 'names'}
+    for notebook in found:
         if notebook.stem == 'index': continue
-        page = (site/'nbs'/f'{notebook.stem}.html').read_text()
+        page = (site/'nbs'/notebook.relative_to(ROOT/'nbs').with_suffix('.html')).read_text()
         assert '#| ' not in page, notebook.stem
         assert not notebook.stem[0].isdigit() or 'id="api"' in page, notebook.stem
-    assert '<math' in (site/'nbs'/'09_erf.html').read_text(), 'formulas'
+    assert '<math' in (site/'nbs'/'13_erf.html').read_text(), 'formulas'
     assert (site/'searchindex.js').stat().st_size > 10_000
+
+
+def test_chapters_are_grouped_by_layer(site):
+    "The menu has a group a layer, with its chapters in order."
+    menu = re.split('class="caption"', (site/'index.html').read_text())[1:]
+    groups = {re.search('caption-text">([^<]*)', g)[1]: re.findall(r'href="nbs/([^"#]*).html"', g) for g in menu[:5]}
+    assert list(groups) == ['The paper', 'The lab', 'Base', 'Names at the top', 'Experiments']
+    assert groups['The paper'][0] == '00_images' and groups['The lab'][:2] == ['lab/00_recipe', 'lab/01_store']
+    assert groups['Base'][0] == 'base/00_core' and 'names/data' in groups['Names at the top'] and 'erf' in groups['Experiments']
+
+
+def test_experiments_show_their_figures(site):
+    "Pictures of all committed results, those of one architecture, too."
+    for notebook, pictures in {'erf': ['fig5_resnet18', 'fig6_resnet18'], 'qualitative': ['fig4_resnet18'], 'focus_area': ['fig2'],
+            'claims': ['claims', 'effects']}.items():
+        page = (site/'nbs'/f'{notebook}.html').read_text()
+        for name in pictures: assert f'/{name}.png' in page, (notebook, name)
 
 
 def test_links_that_lead_nowhere_are_found(site, tmp_path):

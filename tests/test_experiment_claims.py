@@ -41,9 +41,9 @@ def several(tmp_path_factory):
 
 
 def test_files_and_words(several):
-    "Verdicts, comparisons and both pictures; the number of decisions that chance alone would make."
+    "Verdicts and comparisons, each once with its picture; the number of decisions that chance alone would make."
     folder, files, text = several
-    assert {f'{n}.{e}' for n in ('claims', 'effects') for e in ('csv', 'json', 'png')} | {'comparisons.csv', 'comparisons.json'} <= files
+    assert {f'{n}.{e}' for n in ('claims', 'effects') for e in ('csv', 'json', 'png')} <= files and not any('comparisons' in f for f in files)
     verdicts = pd.read_csv(folder/'out'/'claims.csv')
     n = verdicts.verdict.notna().sum()
     assert f'{n} cells are judged' in text and f'{.05*n:.1f} of them' in text
@@ -52,7 +52,7 @@ def test_files_and_words(several):
 def test_tables_are_those_of_the_chapter(several):
     "The notebook computes nothing of its own, and a known effect is found."
     table = results.measurements(several[0]/'out')
-    verdicts, compared = (pd.read_csv(several[0]/'out'/f'{n}.csv') for n in ('claims', 'comparisons'))
+    verdicts, compared = (pd.read_csv(several[0]/'out'/f'{n}.csv') for n in ('claims', 'effects'))
     want = claims.judge(table)
     assert verdicts.claim.tolist() == want.claim.tolist() and verdicts.verdict.fillna('').tolist() == want.verdict.tolist()
     assert verdicts.set_index(['arch', 'claim']).verdict['resnet18', 'C3'] == 'supported'
@@ -73,3 +73,14 @@ def test_nothing_measured(tmp_path):
     "An empty folder is no error."
     files, text = judged(tmp_path)
     assert 'no measurements' in text and not files
+
+
+def test_runs_on_different_data_are_refused(tmp_path):
+    "Two scene folders in one results folder are not runs of one network: one line that names both, and no verdict."
+    table = made_up(['resnet18'], 2)
+    table.data = np.where(table.seed == 0, 'folder:mine', 'folder:yours')
+    results.record(tmp_path/'out', table)
+    done = papermill(NBS/'claims.ipynb', tmp_path, profile='smoke', out=tmp_path/'out')
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and 'InputError' in said and '-p out FOLDER' in said
+    assert 'folder:mine and folder:yours' in said and not (tmp_path/'out'/'claims.csv').exists()

@@ -70,8 +70,8 @@ def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatc
     def one_diverges(job):
         return {k: replace(r, lr=1e6) if job.notebook == 'qualitative' and r.method == 'pcl' else r for k, r in real(job).items()}
     monkeypatch.setattr(jobs, 'recipes_of', one_diverges)
-    jobs = reproduce.plan(['fig4', 'fig6'], 'smoke', ['resnet18'])
-    table = reproduce.reproduce(jobs, core.results_dir('smoke'), progress=False).set_index('notebook').state
+    planned = reproduce.plan(['fig4', 'fig6'], 'smoke', ['resnet18'])
+    table = reproduce.reproduce(planned, core.results_dir('smoke'), progress=False).set_index('notebook').state
     assert table['erf'] == 'done' and table['qualitative'].startswith('failed: resnet18') and 'Try a lower learning rate' in table['qualitative']
 
 

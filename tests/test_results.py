@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 EMBEDDED = ROOT/'figures'/'embedded'
-SECTIONS = {'## What came out': ('claims', 'comparisons', 'null_calibration', 'calibration_runs'), '### What C9 depends on': ('initialisation',)}
+SECTIONS = {'## What came out': ('claims', 'effects', 'null_calibration', 'calibration_runs'), '### What C9 depends on': ('initialisation',)}
 
 
 def section(text, heading):

@@ -299,7 +299,7 @@ def test_nothing_is_evaluated_or_given_to_a_shell():
     bad = re.compile(r'(eval|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get(status)?output|pty\..*|(code|runpy)\..*)$')
     assert [(w, n) for w, n, k in calls() if bad.match(n) or k.get('shell', 'False') != 'False'] == []
     assert sorted((w.split()[0], n) for w, n, _ in calls() if n in ('exec', 'compile')) == [(w, n)
-        for w in ('14_reproduce', 'reproduce.py') for n in ('compile', 'exec')]
+        for w in ('07_jobs', 'jobs.py') for n in ('compile', 'exec')]
 
 
 def test_nothing_is_unpickled_or_unpacked():

@@ -1,4 +1,4 @@
-"""Build the site in _docs: the README, every chapter with its API, the experiments with their figures; static, searchable, no network."""
+"""Build the site in _docs: the README, every chapter with its API, the experiments with their figures; static, no network."""
 import importlib
 import inspect
 import re
@@ -11,19 +11,23 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-import yaml
 from docutils import nodes
 from latex2mathml.converter import convert
 from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 from sphinx.application import Sphinx
 
+from pcl_nb.lab.report import entries
 from readme import DIRECTIVE, HIDDEN, ROOT, render
 
+NBS = ROOT/'nbs'
+LAYERS = {'The paper': '.', 'The lab': 'lab', 'Base': 'base', 'Names at the top': 'names'}    # caption -> folder of chapters
+
 SETTINGS = dict(
-    project='pcl_nb', html_title='pcl_nb', author='pcl_nb contributors', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],
-    html_theme='furo',
-    nb_execution_mode='off', myst_enable_extensions=['dollarmath', 'amsmath'], myst_heading_anchors=4, html_math_renderer='mathml',
-    html_show_copyright=False, html_copy_source=False, html_show_sourcelink=False, copybutton_exclude='.linenos, .gp, .go',
+    project='pcl_nb', html_title='pcl_nb', author='pcl_nb contributors',
+    extensions=['myst_nb', 'sphinx_copybutton', 'docs'], html_theme='furo', nb_execution_mode='off',
+    myst_enable_extensions=['dollarmath', 'amsmath'], myst_heading_anchors=4, html_math_renderer='mathml',
+    html_show_copyright=False, html_copy_source=False, html_show_sourcelink=False,
+    copybutton_exclude='.linenos, .gp, .go',
     suppress_warnings=['mystnb.unknown_mime_type', 'myst.header', 'toc.not_included'])
 
 
@@ -34,18 +38,18 @@ def documented(module) -> list:
         o = getattr(module, name)
         if not (inspect.isclass(o) or inspect.isfunction(o)): continue
         found.append((name, o))
-        if inspect.isclass(o):
-            found += [(f'{name}.{n}', m) for n, m in vars(o).items() if inspect.isfunction(m) and not n.startswith('_') and m.__doc__]
+        methods = vars(o).items() if inspect.isclass(o) else ()
+        found += [(f'{name}.{n}', m) for n, m in methods if inspect.isfunction(m) and not n.startswith('_') and m.__doc__]
     return found
 
 
 def api(module) -> str:
-    "The reference of a module: signatures with what is said of each parameter."
+    "The reference of a module: signatures with the comment of each parameter; '' where it exports nothing."
     text = ['## API']
     for name, o in documented(module):
         shown = show_doc(o, renderer=BasicMarkdownRenderer)._repr_markdown_()
         text.append(re.sub(r'^-{3,}\n+#+ .*\n', f'### `{name}`\n', shown.lstrip(), count=1))
-    return '\n\n'.join(text)
+    return '\n\n'.join(text) if len(text) > 1 else ''
 
 
 def page(path: Path, figures: list):
@@ -60,42 +64,53 @@ def page(path: Path, figures: list):
             cell.source = DIRECTIVE.sub('', cell.source)
             if not cell.source.strip() or any(HIDDEN.match(d) for d in directives): continue
         cells.append(cell)
-    if exports: cells.append(nbformat.v4.new_markdown_cell(api(importlib.import_module(f'pcl_nb.{exports}'))))
-    if figures:
-        cells.append(nbformat.v4.new_markdown_cell(
-            '\n\n'.join(['## Results', 'At profile `embedded`; [all of them](../figures/README.md).', *figures])))
-    nb.cells = cells
+    added = [api(importlib.import_module(f'pcl_nb.{exports}'))] if exports else []
+    if figures: added.append('\n\n'.join(['## Results', 'At profile `embedded`; [all](../figures/README.md).', *figures]))
+    nb.cells = cells + [nbformat.v4.new_markdown_cell(text) for text in added if text]
     return nb
 
 
 def results(folder: Path) -> dict:
     "Experiment -> its pictures in `folder`, as Markdown."
     found = {}
-    for figure in yaml.safe_load((ROOT/'nbs'/'figures.yaml').read_text())['figures'].values():
-        for name in figure['outputs']:
-            if (folder/f'{name}.png').exists():
-                found.setdefault(figure['experiment'],
-                    []).append(f"{figure['caption']}:\n\n![{figure['caption']}](../figures/{folder.name}/{name}.png)")
+    for e in entries(folder):
+        found.setdefault(e['notebook'], []).extend(f"{e['caption']}:\n\n![{e['caption']}](../figures/{folder.name}/{name}.png)"
+            for name in e['pictures'])
     return found
 
 
-def toctree(caption: str, pages: list) -> str: return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *pages, '```', ''])
+def notebooks() -> dict:
+    "Caption -> pages without ending, relative to nbs: the chapters of each layer in order, and the experiments."
+    found = {caption: sorted((NBS/folder).glob('*.ipynb')) for caption, folder in LAYERS.items()}
+    here = found['The paper']
+    found['The paper'] = [p for p in here if p.stem[0].isdigit()]
+    found['Experiments'] = [p for p in here if p not in found['The paper'] and p.stem != 'index']
+    return {caption: [p.relative_to(NBS).with_suffix('').as_posix() for p in paths] for caption, paths in found.items()}
+
+
+def toctree(caption: str, pages: list) -> str:
+    return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *pages, '```', ''])
+
+
+def unshown(folder: str, names: list) -> list:
+    "What the site does not copy of the results: profile smoke, and files that no page refers to."
+    if Path(folder) == ROOT/'figures': return ['smoke']
+    return [n for n in names if Path(n).suffix not in ('.png', '.csv', '.json', '.md', '.tex', '')]
 
 
 def stage(src: Path):
     "The sources of the site."
-    (src/'nbs').mkdir(parents=True)
-    shutil.copytree(ROOT/'figures', src/'figures',
-        ignore=lambda d, names: [n for n in names if Path(d) != ROOT/'figures'
-            and Path(n).suffix not in ('.png', '.csv', '.json', '.md', '.tex', '')] + ['smoke'])
+    shutil.copytree(ROOT/'figures', src/'figures', ignore=unshown)
     for table in src.glob('figures/*/*.md'): table.write_text(f'# {table.stem}\n\n{table.read_text()}')   # a page has a title
-    shutil.copy(ROOT/'CONTRIBUTING.md', src); shutil.copy(ROOT/'LICENSE', src)
-    notebooks = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb') if p.stem != 'index')
-    pictures = results(ROOT/'figures'/'embedded')
-    for name in notebooks: nbformat.write(page(ROOT/'nbs'/f'{name}.ipynb', pictures.get(name, [])), src/'nbs'/f'{name}.ipynb')
-    chapters, experiments = [n for n in notebooks if n[0].isdigit()], [n for n in notebooks if not n[0].isdigit()]
-    (src/'index.md').write_text(render(ROOT/'nbs'/'index.ipynb') + '\n' + toctree('Chapters', [f'nbs/{n}' for n in chapters])
-        + toctree('Experiments', [f'nbs/{n}' for n in experiments]) + toctree('More', ['Results <figures/README>', 'CONTRIBUTING']))
+    for name in 'CONTRIBUTING.md', 'LICENSE': shutil.copy(ROOT/name, src)
+    listed, pictures = notebooks(), results(ROOT/'figures'/'embedded')
+    for name in (n for names in listed.values() for n in names):
+        target = src/'nbs'/f'{name}.ipynb'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(page(NBS/f'{name}.ipynb', pictures.get(name, [])), target)
+    trees = [toctree(caption, [f'nbs/{n}' for n in names]) for caption, names in listed.items()]
+    trees.append(toctree('More', ['Results <figures/README>', 'CONTRIBUTING']))
+    (src/'index.md').write_text('\n'.join([render(NBS/'index.ipynb'), *trees]))
 
 
 def setup(app):
@@ -120,7 +135,7 @@ class Links(HTMLParser):
 
 
 def broken(site: Path) -> list:
-    "(page, link) for each link inside the site that leads nowhere."
+    "(page, link) for each link inside the site that has no target."
     pages, lost = {p.resolve(): Links(p) for p in site.rglob('*.html')}, []
     for path, links in pages.items():
         for link in links.to:
@@ -137,7 +152,7 @@ def broken(site: Path) -> list:
 def main(out: Path) -> int:
     "Build the site, check its links, put it in the place of an earlier one: the exit code."
     if out.exists() and not (out/'searchindex.js').exists():       # it would be replaced
-        print(f'{out} is there and is no site; give a folder that does not exist yet', file=sys.stderr)
+        print(f'{out} exists and is no site; give a folder that does not exist yet', file=sys.stderr)
         return 2
     warnings.filterwarnings('ignore')
     with tempfile.TemporaryDirectory() as d:
@@ -146,11 +161,11 @@ def main(out: Path) -> int:
         app = Sphinx(src, None, site, Path(d)/'trees', 'html', confoverrides=SETTINGS, status=None)
         app.build()
         shutil.rmtree(out, ignore_errors=True)
-        shutil.move(site, out)       # a site that is there stays until the new one is complete
+        shutil.move(site, out)       # an earlier site stays until the new one is complete
     lost = broken(out)
-    for where, link in lost: print(f'{where}: {link} leads nowhere', file=sys.stderr)
+    for where, link in lost: print(f'{where}: {link} has no target', file=sys.stderr)
     print(f'{out}/index.html: {len(list(out.rglob("*.html")))} pages'
-        + (f', {len(lost)} broken links' if lost else ', every link inside leads somewhere'))
+        + (f', {len(lost)} broken links' if lost else ', every link inside has a target'))
     return bool(lost or app.statuscode)
 
 

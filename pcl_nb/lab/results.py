@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'COLUMNS', 'NAME', 'SVG_MOST', 'settings_text', 'measurements', 'record', 'under', 'instead', 'over_runs',
-           'wide', 'picture', 'save_result', 'markdown_table', 'save_table', 'trained_with']
+           'wide', 'picture', 'trained_with', 'save_result', 'markdown_table', 'save_table']
 
 # %% ../../nbs/lab/05_results.ipynb #13a87de0
 import contextlib, io, json
@@ -36,12 +36,18 @@ def measurements(
     "The table of measurements of a folder."
     path = Path(folder)/f'{NAME}.csv'
     if not path.exists(): return pd.DataFrame(columns=COLUMNS)
-    try: table = pd.read_csv(path, dtype=dict(settings=str, run=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), ['']))
-    except (OSError, ValueError) as e: raise InputError(f'{path.name} cannot be read: {e}; run the experiments again') from None
+    numbers = dict.fromkeys(('value', 'low', 'high'), [''])
+    try: table = pd.read_csv(path, dtype=dict(settings=str, run=str), keep_default_na=False, na_values=numbers)
+    except (OSError, ValueError) as e:
+        raise InputError(f'{path.name} cannot be read: {e}; run the experiments again') from None
     require(set(COLUMNS) <= set(table), f'{path.name} is not a table of this version; run the experiments again')
     return table[[*COLUMNS]]
 
 # %% ../../nbs/lab/05_results.ipynb #dd479697
+def _keys(table): return pd.MultiIndex.from_frame(table[[*KEY]].astype(str))
+
+def _csv(table): return table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
+
 def record(
     folder,          # where results are
     rows,            # dicts or DataFrame, columns as in `COLUMNS`
@@ -55,11 +61,10 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f'.{NAME}.lock'):
         old, path = measurements(folder), folder/f'{NAME}.csv'
-        kept = old[~pd.MultiIndex.from_frame(old[[*KEY]].astype(str)).isin(pd.MultiIndex.from_frame(new[[*KEY]].astype(str)))]
+        kept = old[~_keys(old).isin(_keys(new))]
         table = pd.concat([t for t in (kept, new) if len(t)] or [new]).sort_values([*KEY], ignore_index=True)
-        text = table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
-        if not path.exists() or path.read_bytes() != text:
-            write_atomic(path, text)
+        if not path.exists() or path.read_bytes() != _csv(table):
+            write_atomic(path, _csv(table))
             about = path.with_suffix('.json')
             known = json.loads(about.read_text()) if about.exists() else {}
             known[by] = dict(provenance, revision=revision(), versions=versions(), hardware=hardware())
@@ -81,26 +86,30 @@ def instead(
     default:str=''        # what it is an alternative to
 ) -> pd.DataFrame:
     "The measurements with these settings, and the default ones of what was not measured with these."
-    what, new, old = [k for k in KEY if k not in ('seed', 'settings')], under(table, settings), under(table, default)
+    new, old = under(table, settings), under(table, default)
     if not len(new): return old
+    what = [k for k in KEY if k not in ('seed', 'settings')]
     there = pd.MultiIndex.from_frame(old[what]).isin(pd.MultiIndex.from_frame(new[what]))
     return pd.concat([old[~there], new], ignore_index=True)
 
 # %% ../../nbs/lab/05_results.ipynb #5c29cdd8
 def over_runs(
     rows  # measurements: dicts or DataFrame
-) -> pd.DataFrame:  # arch, network, scheme, data, settings, quantity; value, std (NaN for one run), runs, learned (all have)
+) -> pd.DataFrame:  # KEY without seed; value, std (NaN for one run), runs, learned (all have)
     "Means and standard deviations over runs, in the order of the rows."
     by = pd.DataFrame(rows).groupby([k for k in KEY if k != 'seed'], sort=False)
-    return by.agg(value=('value', 'mean'), std=('value', 'std'), runs=('value', 'size'), learned=('learned', 'all')).reset_index()
+    means = by.agg(value=('value', 'mean'), std=('value', 'std'), runs=('value', 'size'), learned=('learned', 'all'))
+    return means.reset_index()
 
+# %% ../../nbs/lab/05_results.ipynb #d9831929
 def wide(
     means:pd.DataFrame   # of `over_runs`
 ) -> pd.DataFrame:  # arch, network, runs, learned; for each quantity its mean, and NAME std
     "A row a network."
-    rows = [dict(arch=a, network=n, runs=t.runs.max(), learned=t.learned.all(), **dict(zip(t.quantity, t.value)),
-        **dict(zip(t.quantity + ' std', t['std']))) for (a, n), t in means.groupby(['arch', 'network'], sort=False)]
-    return pd.DataFrame(rows)
+    def row(arch, network, t):
+        return dict(arch=arch, network=network, runs=t.runs.max(), learned=t.learned.all(),
+            **dict(zip(t.quantity, t.value)), **dict(zip(t.quantity + ' std', t['std'])))
+    return pd.DataFrame([row(*key, t) for key, t in means.groupby(['arch', 'network'], sort=False)])
 
 # %% ../../nbs/lab/05_results.ipynb #ddaa7c85
 SVG_MOST = 10**6       # bytes of a picture in lines; a larger one gets its lines as pixels
@@ -111,7 +120,7 @@ def picture(
 ) -> bytes:  # the same for the same figure
     "A figure as a file."
     import matplotlib
-    metadata, file = dict(png={'Software': None}, svg={'Date': None, 'Creator': None})[kind], io.BytesIO()
+    file, metadata = io.BytesIO(), dict(png={'Software': None}, svg={'Date': None, 'Creator': None})[kind]
     with matplotlib.rc_context({'svg.hashsalt': 'pcl_nb'}):
         figure.savefig(file, format=kind, dpi=150, bbox_inches='tight', metadata=metadata)
     if kind == 'png' or len(file.getvalue()) <= SVG_MOST: return file.getvalue()
@@ -119,6 +128,19 @@ def picture(
     require(drawn, f'the picture has {len(file.getvalue())} bytes as SVG, and no lines to draw as pixels')
     for a in drawn: a.set_rasterized(True)
     return picture(figure, kind)
+
+# %% ../../nbs/lab/05_results.ipynb #11cf64cf
+def trained_with(
+    runs:dict  # name -> key of a stored run
+) -> dict:  # what with: revision, torch, device -> names
+    "What stored networks were trained with; another revision or device may measure them."
+    found = {}
+    for name, key in runs.items():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            about = json.loads((runs_dir()/key/'run.json').read_text())
+            text = f"{about['revision']}, torch {about['versions']['torch']}, {about['device']}"
+            found.setdefault(text, []).append(name)
+    return found
 
 # %% ../../nbs/lab/05_results.ipynb #57224eda
 def save_result(
@@ -128,12 +150,13 @@ def save_result(
     figure=None,      # matplotlib figure, or None for a table alone
     **provenance      # parameters, seeds, data fingerprints, seconds ...
 ):
-    "Write `name`.csv, .json and, with a figure, .png and .svg; the JSON last, so that its presence means all are there."
+    "Write `name`.csv, .json and, with a figure, .png and .svg; the JSON last: where it exists, all exist."
     folder = Path(folder)
     require(len(table), f'{name}: no numbers to save')
-    for kind in ('png', 'svg') if figure is not None else (): write_atomic(folder/f'{name}.{kind}', picture(figure, kind))
-    write_atomic(folder/f'{name}.csv', table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
-    about = dict(dict(provenance, hardware=hardware()), name=name, versions=versions(), revision=revision())
+    for kind in ('png', 'svg') if figure is not None else ():
+        write_atomic(folder/f'{name}.{kind}', picture(figure, kind))
+    write_atomic(folder/f'{name}.csv', _csv(table))
+    about = dict(provenance, hardware=hardware(), name=name, versions=versions(), revision=revision())
     if trained := trained_with(provenance.get('runs', {})): about['trained'] = trained
     write_atomic(folder/f'{name}.json', (to_json(about, indent=1) + '\n').encode())
 
@@ -142,8 +165,9 @@ def markdown_table(
     table   # DataFrame of what is to be read: texts, or numbers already rounded
 ) -> str:
     "A table in Markdown."
-    def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
-    return '\n'.join([line(table.columns), line(['---']*table.shape[1]), *(line(r) for r in table.itertuples(index=False))]) + '\n'
+    def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |\n'
+    rows = [table.columns, ['---']*table.shape[1], *table.itertuples(index=False)]
+    return ''.join(map(line, rows))
 
 # %% ../../nbs/lab/05_results.ipynb #f8d83383
 def save_table(
@@ -154,19 +178,8 @@ def save_table(
     **provenance      # as in `save_result`
 ):
     "Write `name`.csv, .md, .tex and .json, the JSON last."
-    latex = readable.to_latex(index=False, escape=True).replace('±', r'$\pm$').replace('×', r'$\times$').replace('−', '$-$')
+    latex = readable.to_latex(index=False, escape=True)
+    for sign, command in (('±', r'$\pm$'), ('×', r'$\times$'), ('−', '$-$')): latex = latex.replace(sign, command)
     write_atomic(Path(folder)/f'{name}.md', markdown_table(readable).encode())
     write_atomic(Path(folder)/f'{name}.tex', latex.encode())
     save_result(folder, name, table, **provenance)
-
-# %% ../../nbs/lab/05_results.ipynb #11cf64cf
-def trained_with(
-    runs:dict  # name -> key of a stored run
-) -> dict:  # what with: revision, torch, device -> names
-    "What stored networks were trained with, which need not be what measures them."
-    found = {}
-    for name, key in runs.items():
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            about = json.loads((runs_dir()/key/'run.json').read_text())
-            found.setdefault(f"{about['revision']}, torch {about['versions']['torch']}, {about['device']}", []).append(name)
-    return found
