@@ -23,15 +23,8 @@ from .losses import DISTANCES, category_consistency, instance_consistency
 @dataclass(frozen=True)
 class Method:
     "Cross-entropy alone: the baseline, and the base of every other method."
-    @property
-    def side(self) -> bool:
-        "The model needs a side head at stage 3."
-        return False
-
-    @property
-    def passes(self) -> float:
-        "Forward passes in a training step: its cost relative to the baseline's."
-        return 1
+    side = False     # the model needs a side head at stage 3
+    passes = 1       # forward passes in a training step: its cost relative to the baseline's
 
     def check(self):
         "Raise `InputError` if a setting is not valid."
@@ -83,6 +76,16 @@ class PCLSettings(Method):
     @property
     def passes(self): return 2 if self.ipc_weight or self.cpc_weight else 1
 
+# %% ../nbs/09_pcl.ipynb #87ae0166
+def _pairs(pcl, z, z_erased):
+    "The items that compare the two answers; CPC compares the images of all processes."
+    items = {}
+    if pcl.ipc_weight:
+        items['ipc'] = pcl.ipc_weight*instance_consistency(z, z_erased, pcl.ipc_distance, pcl.detach)
+    if pcl.cpc_weight:
+        items['cpc'] = pcl.cpc_weight*category_consistency(joint(z), joint(z_erased), pcl.cpc_distance, pcl.detach)
+    return items
+
 # %% ../nbs/09_pcl.ipynb #d67114a1
 @dataclass(frozen=True)
 class PCL(PCLSettings):
@@ -90,7 +93,8 @@ class PCL(PCLSettings):
     def terms(self, model, images, labels, stats=None):
         logits, f = model(images, stages=(self.stage,))
         items = dict(ce=F.cross_entropy(logits, labels))
-        if self.side: items['side'] = self.side_weight*F.cross_entropy(model.side_head(f['stage3'].mean((2, 3))), labels)
+        if self.side:
+            items['side'] = self.side_weight*F.cross_entropy(model.side_head(f['stage3'].mean((2, 3))), labels)
         if self.passes == 1:
             yield logits, items
             return
@@ -102,15 +106,7 @@ class PCL(PCLSettings):
             logits, items = logits.detach(), {}
             f.clear()
         with erased_norms(model, self.erased_norm): erased_logits = model(erased)
-        yield logits, dict(items, **self.pairs(logits, erased_logits))
-
-    def pairs(self, logits, erased_logits):
-        "The items that compare the two answers; CPC compares the images of the whole batch, over all processes."
-        found = {}
-        if self.ipc_weight: found['ipc'] = self.ipc_weight*instance_consistency(logits, erased_logits, self.ipc_distance, self.detach)
-        if self.cpc_weight:
-            found['cpc'] = self.cpc_weight*category_consistency(joint(logits), joint(erased_logits), self.cpc_distance, self.detach)
-        return found
+        yield logits, dict(items, **_pairs(self, logits, erased_logits))
 
     def losses(self, model, images, labels, stats=None):
         (logits, items), *more = self.terms(model, images, labels, stats)
@@ -133,7 +129,8 @@ def get_method(
 ) -> Method:
     "A method by name, with any of its open choices changed; checked."
     method = METHODS[choose(name, METHODS, 'method')]
-    for option in options: choose(option, [f.name for f in fields(method)] or ['none, it has no setting'], f'setting of {name}')
+    settings = [f.name for f in fields(method)] or ['none, it has no setting']
+    for option in options: choose(option, settings, f'setting of {name}')
     method = replace(method, **options)
     method.check()
     return method

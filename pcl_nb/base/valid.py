@@ -26,11 +26,14 @@ Positive = Annotated[int, Ge(1), Doc('a whole number of 1 or more')]
 
 # %% ../../nbs/base/03_valid.ipynb #3de597c7
 @lru_cache(maxsize=None)
-def _adapter(kind): return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+def _adapter(kind):
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+_WORDS = {bool: 'true or false', str: 'a name', dict[str, object]: 'a dict with names as keys'}
 
 def _words(kind, error):
     "What to give instead."
-    if kind is bool: return 'true or false'
+    if kind in _WORDS: return _WORDS[kind]
     doc = next((d.documentation for d in getattr(kind, '__metadata__', ()) if isinstance(d, Doc)), None)
     return doc or f"another value ({error.errors(include_url=False)[0]['msg']})"
 
@@ -38,15 +41,15 @@ def _words(kind, error):
 def valid(
     value,            # what the caller gave
     kind,             # a type, a `Literal` or a kind such as `Rate`
-    name:str,         # of the setting, for the message
-    strict:bool=True  # False: text is converted
+    name:str          # of the setting, for the message
 ):
     "The value; `InputError` naming what is valid if it is not of its kind."
     if get_origin(kind) is Literal:
         names = get_args(kind)
         return value if value in names else choose(value, filter(None, names), name)
-    try: return _adapter(kind).validate_python(value, strict=strict)
-    except ValidationError as e: raise InputError(f'{name} {brief(value)} is not valid; give {_words(kind, e)}') from None
+    try: return _adapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise InputError(f'{name} {brief(value)} is not valid; give {_words(kind, e)}') from None
 
 # %% ../../nbs/base/03_valid.ipynb #021d0ab3
 @lru_cache(maxsize=None)
