@@ -108,7 +108,7 @@ class Recipe(_Sizes):
     accumulate:Positive = 1                       # micro-batches of a step, for less memory
     compile:bool = False                          # the network's blocks through torch.compile
     sync_bn:bool = False                          # several processes on CUDA: batch norms see the whole batch
-    weights:Literal['', *PUBLIC, 'initial'] = ''  # public weights to start from; initial: none, and no data either
+    weights:Literal['', *PUBLIC, 'initial'] = ''  # public weights to start from; initial: none, without data
 
     @property
     def published(self) -> bool:
@@ -118,7 +118,7 @@ class Recipe(_Sizes):
     @property
     def key(self) -> str:
         "Name of the run: a digest of the recipe and of the images' fingerprint."
-        known = asdict(self) | dict(data='' if self.published else self.data.split(':')[0])      # not where a folder lies
+        known = asdict(self) | dict(data='' if self.published else self.data.split(':')[0])     # not where it lies
         if not self.published: known['images'] = fingerprint(self.data, self.size, self.train, self.val, self.data_seed)
         return digest(known)
 
