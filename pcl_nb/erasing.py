@@ -9,6 +9,8 @@ __all__ = ['PUBLISHED_SIZE', 'OUTPUTS', 'BRANCHES', 'ADL_STAGES', 'OFFICIAL', 'h
 # %% ../nbs/10_erasing.ipynb #e91ee7bb
 import contextlib, copy, math, re
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,22 @@ import torch.nn.functional as F
 
 from .base.core import brief, choose, is_whole, literal, require
 from .base.distributed import shard
+from .base.valid import Factor, Rate, Threshold, valid
 from .models import ERASED_NORMS, StagedClassifier, erased_norms, frozen
 from .cam import NORMALIZE, cam_erase, class_activation_map, erasing_mask
-from .pcl import METHODS, Method, _check_factor, _check_rate, _check_threshold, get_method
+from .pcl import METHODS, Method, get_method
 
 # %% ../nbs/10_erasing.ipynb #915c84c2
+def _check_patches(sizes, drop_rate, size):
+    valid(drop_rate, Rate, 'drop_rate')
+    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes),
+        f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
+    least, where = min(size), 'x'.join(map(str, size))
+    for s in sizes:
+        require(s <= least, f'a patch of {s} pixels is larger than the image ({where}); '
+            f'give sizes from 0 (hide nothing) to {least}')
+
+# %% ../nbs/10_erasing.ipynb #c0ddd029
 def hide_patches(
     images:Tensor,       # I (B,3,H,W), normalised
     sizes,               # patch sizes to draw from, pixels; 0: hide nothing
@@ -28,22 +41,17 @@ def hide_patches(
 ) -> Tensor:  # (B,3,H,W)
     "Draw a patch size for each image, and hide each patch of its grid with probability `drop_rate`."
     B, _, H, W = images.shape
-    _check_rate('drop_rate', drop_rate)
-    require(isinstance(sizes, (tuple, list)) and sizes and all(is_whole(s) and s >= 0 for s in sizes),
-        f'sizes {brief(sizes)} are not valid; give a list of patch sizes in pixels, 0: hide nothing')
-    for s in sizes:
-        require(s <= min(H, W),
-            f'a patch of {s} pixels is larger than the image ({H}x{W}); give sizes from 0 (hide nothing) to {min(H, W)}')
+    _check_patches(sizes, drop_rate, (H, W))
     longest, least = max(H, W), min([s for s in sizes if s], default=max(H, W))
-    rank, ranks = shard()                                                            # drawn for the whole batch, whoever holds the image
-    S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]      # and on the CPU: the same on every device
+    rank, ranks = shard()                             # drawn for the images of all processes
+    S = torch.tensor(sizes)[torch.randint(len(sizes), (B*ranks,))[rank::ranks]]    # on the CPU: as on any device
     m = torch.rand(B*ranks, -(-longest//least), -(-longest//least))[rank::ranks] < drop_rate
     S, m = S.to(images.device), m.to(images.device)
     grid = torch.where(S > 0, S, longest)[:, None]
     row, column = torch.arange(H, device=S.device)//grid, torch.arange(W, device=S.device)//grid      # (B,H), (B,W)
     image = torch.arange(B, device=S.device)[:, None, None]
     M = m[image, row[:, :, None], column[:, None]] & (S > 0)[:, None, None]
-    return images.masked_fill(M[:, None], 0)                                         # 0 is the data set's mean
+    return images.masked_fill(M[:, None], 0)          # 0 is the data set's mean
 
 # %% ../nbs/10_erasing.ipynb #ba9f1fd8
 PUBLISHED_SIZE = 224    # pixels: the image that published patch sizes belong to
@@ -52,8 +60,8 @@ PUBLISHED_SIZE = 224    # pixels: the image that published patch sizes belong to
 @dataclass(frozen=True)
 class HideAndSeek(Method):
     "Hide random patches of the training images."
-    drop_rate:float = .5                   # each patch's probability of being hidden
-    patches:tuple = (16, 32, 44, 56)       # sizes at 224 pixels, 0: hide nothing; on a command line 16/32/44/56
+    drop_rate:Rate = .5                                 # each patch's probability of being hidden
+    patches:tuple|list|str|int = (16, 32, 44, 56)       # sizes at 224 pixels, 0: hide nothing; as text 16/32/44/56
 
     @property
     def sizes(self) -> tuple:
@@ -63,13 +71,11 @@ class HideAndSeek(Method):
         return tuple(p) if isinstance(p, (tuple, list)) else (p,)
 
     def check(self):
-        _check_rate('drop_rate', self.drop_rate)
-        whole = all(is_whole(s) and s >= 0 for s in self.sizes)
-        require(self.sizes and whole,
-            f'patches {brief(self.patches)} is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
-        for s in self.sizes:
-            require(s <= PUBLISHED_SIZE,
-                f'a patch of {s} pixels is larger than the image; give sizes from 0 to {PUBLISHED_SIZE}, as for an image of {PUBLISHED_SIZE} pixels')
+        require(self.sizes and all(is_whole(s) and s >= 0 for s in self.sizes), f'patches {brief(self.patches)} '
+            'is not valid; give whole numbers of 0 (hide nothing) or more, such as 16/32/44/56')
+        require(max(self.sizes) <= PUBLISHED_SIZE, f'a patch of {max(self.sizes)} pixels is larger than the image; '
+            f'give sizes from 0 to {PUBLISHED_SIZE}, as for an image of {PUBLISHED_SIZE} pixels')
+        super().check()
 
     def scaled(self,
         size:int  # of the image, pixels: its shorter edge
@@ -85,37 +91,44 @@ class HideAndSeek(Method):
 METHODS['has'] = HideAndSeek()
 
 # %% ../nbs/10_erasing.ipynb #cf928413
+def _calls_between(model, start, end):
+    "Names of the modules called between two modules, in order; name -> output, a copy of it, its version."
+    chain, inside, seen = [], [], {}
+    def enter(module, args, name):
+        if start not in seen or end in seen or end.startswith(f'{name}.'): return
+        if not inside: chain.append(name)
+        inside.append(name)
+    def leave(module, args, output, name):
+        if inside and inside[-1] == name: inside.pop()
+        if name in (start, end) and isinstance(output, Tensor): seen[name] = output, output.clone(), output._version
+    with contextlib.ExitStack() as hooks:
+        for n, m in list(model.net.named_modules())[1:]:
+            hooks.enter_context(m.register_forward_pre_hook(partial(enter, name=n)))
+            hooks.enter_context(m.register_forward_hook(partial(leave, name=n)))
+        model.net(model.probe_image())
+    return chain, seen
+
+# %% ../nbs/10_erasing.ipynb #271f14ec
 def last_stage(
     model:StagedClassifier
 ) -> tuple:  # name of the module whose output feeds the last stage; names of the modules it runs through, in order
     "What the last stage consists of, found by running it; `InputError` if it is not a plain sequence of modules."
-    require(len(model.stages) > 1, 'the network names no stage before its last; give for example {"stage3": "layer3", "stage4": "layer4"}')
-    (before, entrance), (last, end) = list(model.stages.items())[-2:]
-    while (parent := entrance.rpartition('.')[0]) and not f'{end}.'.startswith(f'{parent}.'): entrance = parent   # the whole block that ends with the stage before
-    chain, inside, seen = [], [], {}
-    def enter(name):
-        def hook(module, args):
-            if entrance not in seen or end in seen or end.startswith(f'{name}.'): return
-            if not inside: chain.append(name)
-            inside.append(name)
-        return hook
-    def leave(name):
-        def hook(module, args, output):
-            if inside and inside[-1] == name: inside.pop()
-            if name in (entrance, end) and isinstance(output, Tensor): seen[name] = output, output.clone(), output._version
-        return hook
+    require(len(model.stages) > 1,
+        'the network names no stage before its last; give for example {"stage3": "layer3", "stage4": "layer4"}')
+    (before, start), (last, end) = list(model.stages.items())[-2:]
+    while (parent := start.rpartition('.')[0]) and not f'{end}.'.startswith(f'{parent}.'):
+        start = parent                                            # the whole block that ends with the stage before
     same = False
     with frozen(model), torch.no_grad():
-        with contextlib.ExitStack() as hooks:
-            for n, m in model.net.named_modules():
-                if n: hooks.enter_context(m.register_forward_pre_hook(enter(n))); hooks.enter_context(m.register_forward_hook(leave(n)))
-            model.net(model.probe_image())
-        with contextlib.suppress(RuntimeError, TypeError, KeyError):      # what does not fit together is an answer, too
-            again = nn.Sequential(*map(model.net.get_submodule, chain))(seen[entrance][1])
+        chain, seen = _calls_between(model, start, end)
+        with contextlib.suppress(RuntimeError, TypeError, KeyError):      # modules that do not fit together
+            again = nn.Sequential(*map(model.net.get_submodule, chain))(seen[start][1])
+            untouched = [n for n, (output, _, version) in seen.items() if output._version == version]
             same = (torch.allclose(again, seen[end][1], rtol=1e-3, atol=1e-5)
-                and all(output._version == version for name, (output, _, version) in seen.items() if name != end or not model._rectified))
-    require(same, f'{last} ({model.stages[last]}) is not a plain sequence of modules behind {before} ({entrance}), so it cannot be duplicated; name stages between which no other computing takes place')
-    return entrance, chain
+                and start in untouched and (end in untouched or model._rectified))
+    require(same, f'{last} ({model.stages[last]}) is not a plain sequence of modules behind {before} ({start}), '
+        'so it cannot be duplicated; name stages between which no other computing takes place')
+    return start, chain
 
 # %% ../nbs/10_erasing.ipynb #40389db0
 OUTPUTS = 'probabilities', 'logits', 'branch_a'
@@ -128,7 +141,8 @@ def fuse(
     output:str='probabilities'     # 'probabilities' or 'logits': what is averaged; 'branch_a': no fusion
 ) -> Tensor:  # (B,C), whose softmax is the fused distribution
     "One answer of two branches."
-    require(a.shape == b.shape, f'logits {tuple(a.shape)} and {tuple(b.shape)} do not fit; give two tables (B,C) of one size')
+    require(a.shape == b.shape,
+        f'logits {tuple(a.shape)} and {tuple(b.shape)} do not fit; give two tables (B,C) of one size')
     if choose(output, OUTPUTS, 'output') == 'branch_a': return a
     return (a + b)/2 if output == 'logits' else torch.logaddexp(a.log_softmax(1), b.log_softmax(1)) - math.log(2)
 
@@ -142,29 +156,34 @@ def _anew(model):
     return twin
 
 # %% ../nbs/10_erasing.ipynb #9213f045
-class TwoBranch(StagedClassifier):
-    "A network whose last stage and head exist twice: branch A as it was, branch B without what A concentrates on. Stages, head and CAM are branch A's."
+class _Branches(StagedClassifier):
+    "Branch A, which is the network itself, and a second last stage and head."
     def __init__(self,
         model:StagedClassifier,          # becomes branch A: itself, not a copy
         threshold:float=.7,              # on the normalised map of branch A
         output:str='probabilities',      # a name in `OUTPUTS`
         branch_b:str='copy'              # how branch B begins: 'copy' of A, or initialised 'apart'
     ):
-        super().__init__(model.net, model.stages, model._head, name=model.name, size=model.input_shape[1:], stats=model.stats)
+        super().__init__(model.net, model.stages, model._head, name=model.name, size=model.input_shape[1:],
+            stats=model.stats)
         self.side_head, self.training, self.threshold, self.output = model.side_head, model.training, threshold, output
         self.entrance, chain = last_stage(model)
         first = copy.deepcopy(model) if choose(branch_b, BRANCHES, 'branch_b') == 'copy' else _anew(model)
         self.branch_b, self.head_b = nn.Sequential(*map(first.net.get_submodule, chain)), first.head
 
+# %% ../nbs/10_erasing.ipynb #b976a6d4
+class TwoBranch(_Branches):
+    "A network whose last stage and head exist twice; branch B reads what branch A does not concentrate on."
     def branches(self,
         x:Tensor,           # (B,3,H,W), normalised
         target:Tensor=None, # t (B,), the class whose region is erased; None: branch A's prediction
         stages=()           # whose feature maps to return
     ) -> tuple:  # logits a, b (B,C); M (B,1,h,w), 1: erased; stage -> feature maps of branch A
         "Both branches in one pass; no gradient flows through the mask."
-        kept = {}
-        def keep(name): return self.net.get_submodule(name).register_forward_hook(lambda module, args, output: kept.update({name: output}))
-        last, end = list(self.stages.items())[-1]
+        kept, (last, end) = {}, list(self.stages.items())[-1]
+        def keep(name):
+            def hook(module, args, output): kept[name] = output
+            return self.net.get_submodule(name).register_forward_hook(hook)
         with keep(self.entrance), keep(end): found = super().forward(x, stages)
         a, f = found if stages else (found, {})
         t = a.argmax(1) if target is None else target
@@ -182,17 +201,12 @@ class TwoBranch(StagedClassifier):
 # %% ../nbs/10_erasing.ipynb #4a3d7772
 @dataclass(frozen=True)
 class ACoL(Method):
-    "Adversarial complementary learning: a second stage 4 learns from what the first one does not look at."
-    threshold:float = .7               # on the normalised map
-    output:str = 'probabilities'       # at evaluation: 'probabilities', 'logits' (averaged) or 'branch_a'
-    branch_b:str = 'copy'              # begins as a 'copy' of stage 4, or initialised 'apart'
+    "Adversarial complementary learning: a second stage 4 learns from what the first one does not use."
+    threshold:Threshold = .7                     # on the normalised map
+    output:Literal[OUTPUTS] = 'probabilities'    # the answer at evaluation
+    branch_b:Literal[BRANCHES] = 'copy'          # begins as a copy of stage 4, or is initialised apart
 
-    @property
-    def passes(self): return 1.2       # a second stage 4: 1.04 (DenseNet121) to 1.37 (ShuffleNetV2)
-
-    def check(self):
-        _check_threshold('threshold', self.threshold)
-        choose(self.output, OUTPUTS, 'output'); choose(self.branch_b, BRANCHES, 'branch_b')
+    passes = 1.2       # a second stage 4: 1.04 (DenseNet121) to 1.37 (ShuffleNetV2)
 
     def prepare(self, model):
         if not isinstance(model, TwoBranch): model = TwoBranch(model, branch_b=self.branch_b)
@@ -212,8 +226,8 @@ def attention_dropout(
     drop_rate:float=.25,    # probability of the drop mask, in [0,1]
     threshold:float=.8      # relative to the map's maximum
 ) -> Tensor:  # (B,K,h,w)
-    "F times one map for all channels: with probability `drop_rate`, once for the batch, the drop mask, else the importance map."
-    _check_rate('drop_rate', drop_rate); _check_factor('threshold', threshold)
+    "F times one map for all channels: the drop mask with probability `drop_rate`, else the importance map."
+    valid(drop_rate, Rate, 'drop_rate'); valid(threshold, Factor, 'threshold')
     A = features.mean(1, keepdim=True)
     if torch.rand(()) < drop_rate: return features*(A < threshold*A.amax((-2, -1), keepdim=True))
     return features*A.sigmoid()
@@ -223,26 +237,22 @@ ADL_STAGES = 'stage4', 'stage3', 'stage3+stage4'
 # %% ../nbs/10_erasing.ipynb #22ab7633
 @dataclass(frozen=True)
 class ADL(Method):
-    "Attention-based dropout layer behind a stage, in training only."
-    drop_rate:float = .25      # how often the drop mask is chosen
-    threshold:float = .8       # of the drop mask, relative to the map's maximum
-    stage:str = 'stage4'       # 'stage4', 'stage3' or 'stage3+stage4'
-
-    def check(self):
-        _check_rate('drop_rate', self.drop_rate)
-        _check_threshold('threshold', self.threshold)
-        choose(self.stage, ADL_STAGES, 'stage')
+    "Attention-based dropout layer after a stage, in training only."
+    drop_rate:Rate = .25                     # how often the drop mask is chosen
+    threshold:Threshold = .8                 # of the drop mask, relative to the map's maximum
+    stage:Literal[ADL_STAGES] = 'stage4'     # after which the layer follows
 
     def prepare(self, model):
         for stage in self.stage.split('+'): choose(stage, model.stages, 'stage for ADL')
         return model
 
     def losses(self, model, images, labels, stats=None):
-        def layer(stage):
-            return lambda module, args, output: attention_dropout(model.stage_end(stage, output), self.drop_rate, self.threshold)
+        def hook(module, args, output, stage):
+            return attention_dropout(model.stage_end(stage, output), self.drop_rate, self.threshold)
         with contextlib.ExitStack() as hooks:
             for stage in self.stage.split('+') if model.training else ():
-                hooks.enter_context(model.net.get_submodule(model.stages[stage]).register_forward_hook(layer(stage)))
+                layer = model.net.get_submodule(model.stages[stage])
+                hooks.enter_context(layer.register_forward_hook(partial(hook, stage=stage)))
             return super().losses(model, images, labels, stats)
 
 # %% ../nbs/10_erasing.ipynb #9289859a
@@ -252,18 +262,14 @@ METHODS['adl'] = ADL()
 @dataclass(frozen=True)
 class AMLoss(Method):
     "Attention mining: the image without the region of its class shall not show the class."
-    weight:float = 1.      # alpha; 0 costs nothing
-    sigma:float = .5       # threshold of the soft mask, on the normalised map
-    omega:float = 10.      # steepness of the soft mask
-    erased_norm:str = 'apart'    # batch normalisation of the erased pass: 'apart', 'running', 'mixed'
-    normalize:str = 'before'     # the map is normalised 'before' or 'after' enlarging
+    weight:Factor = 1.                                # alpha; 0 costs nothing
+    sigma:Threshold = .5                              # threshold of the soft mask, on the normalised map
+    omega:Factor = 10.                                # steepness of the soft mask
+    erased_norm:Literal[ERASED_NORMS] = 'apart'       # batch normalisation of the erased pass
+    normalize:Literal[NORMALIZE] = 'before'           # the map is normalised before or after enlarging
 
     @property
     def passes(self): return 2 if self.weight else 1
-
-    def check(self):
-        _check_factor('weight', self.weight); _check_threshold('sigma', self.sigma); _check_factor('omega', self.omega)
-        choose(self.erased_norm, ERASED_NORMS, 'erased_norm'); choose(self.normalize, NORMALIZE, 'normalize')
 
     def losses(self, model, images, labels, stats=None):
         logits, f = model(images, stages=('stage4',))

@@ -8,7 +8,7 @@ __all__ = ['PROFILES', 'MEMORY', 'LEARNED', 'LEARNED_BASELINE', 'LEARNED_SHARE',
 
 # %% ../../nbs/lab/00_recipe.ipynb #f41ec26f
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -36,36 +36,38 @@ class Profile:
     batch:int           # images a step
     lr:float            # initial learning rate
     images:int          # images an impact map is averaged over
-    bootstrap:int       # replicates behind an interval
+    bootstrap:int       # replicates of an interval
 
 # %% ../../nbs/lab/00_recipe.ipynb #3821aa33
+_SMALL = dict(width=.25, small_input=True, batch=16, lr=.05)
+_FULL = dict(size=224, width=1., small_input=False, train=0, val=0, lr=.1, images=1000, bootstrap=200)
+
 PROFILES = {
-    'smoke':    Profile(size=28, width=.25, small_input=True, train=64, val=64, epochs=1, batch=16, lr=.05, images=16, bootstrap=20),
-    'embedded': Profile(size=56, width=.25, small_input=True, train=1600, val=1024, epochs=10, batch=16, lr=.05, images=1000, bootstrap=200),
-    'photos':   Profile(size=56, width=.25, small_input=True, train=0, val=0, epochs=5, batch=16, lr=.05, images=1000, bootstrap=200),
-    'public':   Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=0, batch=64, lr=.1, images=1000, bootstrap=200),
-    'paper':    Profile(size=224, width=1., small_input=False, train=0, val=0, epochs=40, batch=256, lr=.1, images=1000, bootstrap=200),
+    'smoke':    Profile(size=28, train=64, val=64, epochs=1, images=16, bootstrap=20, **_SMALL),
+    'embedded': Profile(size=56, train=1600, val=1024, epochs=10, images=1000, bootstrap=200, **_SMALL),
+    'photos':   Profile(size=56, train=0, val=0, epochs=5, images=1000, bootstrap=200, **_SMALL),
+    'public':   Profile(epochs=0, batch=64, **_FULL),
+    'paper':    Profile(epochs=40, batch=256, **_FULL),
 }
 
 # %% ../../nbs/lab/00_recipe.ipynb #8a4f0cb1
 def recipe_for(
-    profile:str='embedded',   # a name in `core.PROFILES`
+    profile:str='embedded',   # a name in `PROFILES`
     scheme:str='simple',      # 'simple' or 'complex'
     **changes                 # any field of `Recipe`
 ) -> Recipe:
     "The recipe of a profile: the paper's scheme at the profile's sizes."
     p, s = PROFILES[choose(profile, PROFILES, 'profile')], SCHEMES[choose(scheme, SCHEMES, 'scheme')]
-    for name in changes: choose(name, [f.name for f in fields(Recipe)], 'setting of a recipe')
-    small = p.small_input
-    settings = dict(size=p.size, width=p.width, small_input=p.small_input, train=p.train, val=p.val, batch=p.batch,
-        lr=p.lr, scheme=scheme,
-        epochs=p.epochs*s.epochs//SCHEMES['simple'].epochs, weight_decay=s.weight_decay, validate_every=0 if small else 1,
-        threads=int(small), channels_last=True)
+    names = [f.name for f in fields(Recipe)]
+    for name in changes: choose(name, names, 'setting of a recipe')
+    settings = {k: v for k, v in asdict(p).items() if k in names}
+    settings.update(scheme=scheme, epochs=p.epochs*s.epochs//SCHEMES['simple'].epochs, weight_decay=s.weight_decay,
+        validate_every=int(not p.small_input), threads=int(p.small_input), channels_last=True)
     if 'data' in changes and profile == 'embedded' and not is_drawn(changes['data']): settings.update(train=0, val=0)
     return Recipe(**{**settings, **changes}).check()
 
 # %% ../../nbs/lab/00_recipe.ipynb #7f565486
-MEMORY = 200            # operations in the time that it takes to write a value and to read it again
+MEMORY = 200            # operations in the time in which a value is written and read
 
 # %% ../../nbs/lab/00_recipe.ipynb #48a5b5d1
 @lru_cache(maxsize=None)
@@ -78,7 +80,8 @@ def image_cost(
 ) -> float:  # floating point operations, and what counts as such
     "Cost of one image's forward pass."
     with torch.device('meta'):
-        net, x = _BUILD[choose(arch, ARCHS, 'architecture')][0](classes, width, small_input), torch.empty(1, 3, size, size)
+        net = _BUILD[choose(arch, ARCHS, 'architecture')][0](classes, width, small_input)
+        x = torch.empty(1, 3, size, size)
     written = []
     for m in net.eval().modules():
         if not [*m.children()]: m.register_forward_hook(lambda module, args, output: written.append(output.numel()))
@@ -89,7 +92,7 @@ def image_cost(
 def cost(
     recipe:Recipe
 ) -> float:  # floating point operations, and what counts as such
-    "Cost of a run: a backward pass as two forward ones, and its validations."
+    "Cost of a run, validations included; a backward pass counts as two forward passes."
     if recipe.published: return 0.
     train, val, classes = count(recipe.data, recipe.train, recipe.val)
     validations = max(-(-recipe.epochs//recipe.validate_every), 1) if recipe.validate_every else 1
@@ -108,9 +111,9 @@ def least_top1(
     recipe:Recipe,
     classes:int,       # that the network tells apart
     known=(),          # (recipe, top-1) of the networks at hand
-    profile:str=''     # a name in `core.PROFILES`
+    profile:str=''     # a name in `PROFILES`
 ) -> float:  # in [0,1]; infinite where the baseline has not learned
-    "Top-1 from which a trained network counts as one that has learned."
+    "Top-1 from which a trained network has learned."
     chance = LEARNED/classes
     least = max(chance, LEARNED_BASELINE.get(profile, 0))
     def baseline(seed): return replace(recipe, method='baseline', options={}, seed=seed)
