@@ -200,7 +200,7 @@ def test_killed_process_ends_the_run_and_another_number_goes_on(tmp_path):
         start = time.monotonic()
     finally: _, said = finish(process)
     assert process.returncode != 0 and time.monotonic() - start < 60, said
-    assert not (tmp_path/'run.json').exists() and not (tmp_path/'weights.pt').exists()
+    assert not (tmp_path/'run.json').exists() and not (tmp_path/'weights.safetensors').exists()
     state = torch.load(io.BytesIO(core.unsealed(checkpoint.read_bytes())), weights_only=True)
     assert 1 <= state['epoch'] < 40 and all(torch.isfinite(v).all() for v in state['model'].values())
     # the rest of it would take long: the same checkpoint as one of a run that is nearly done

@@ -73,7 +73,7 @@ def test_training_killed_at_each_write(tmp_path, undisturbed, recipe, record_pro
         alone = tmp_path/f'alone-{n}'
         child = start(mortal, n, processes.Value('i', 0), train, recipe, alone); child.join(120)
         assert outcome(runs.run(recipe, alone, progress=False), alone) == undisturbed[recipe.key]
-        assert sorted(p.name for p in alone.iterdir() if p.name not in ('.lock', 'progress')) == ['metrics.csv', 'run.json', 'weights.pt']
+        assert sorted(p.name for p in alone.iterdir() if p.name not in ('.lock', 'progress')) == ['metrics.csv', 'run.json', 'weights.safetensors']
         deaths += 1
     assert deaths >= 6 and outcome(runs.run(recipe, tmp_path/'run', progress=False), tmp_path/'run') == undisturbed[recipe.key]
 
@@ -127,7 +127,7 @@ def damaged(original: bytes, chance) -> list:
     return cut + [flipped(chance.randrange(len(original))) for _ in range(12)]
 
 
-@pytest.mark.parametrize('name', ['weights.pt', 'metrics.csv', 'run.json'])
+@pytest.mark.parametrize('name', ['weights.safetensors', 'metrics.csv', 'run.json'])
 def test_damage_to_a_stored_run(tmp_path, undisturbed, name):
     "Found out, said, set aside, trained again."
     runs.run(QUICK, tmp_path, progress=False)

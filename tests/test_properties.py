@@ -220,9 +220,9 @@ def test_one_worker_and_two_train_the_same(tmp_path, monkeypatch):
     for workers in (1, 2):
         monkeypatch.setenv('PCL_NB_RUNS', str(tmp_path/str(workers)))
         assert runs.train_all(recipes, workers, device='cpu', progress=False) == len(recipes)
-        found.append({k: v for k, v in contents(tmp_path/str(workers)).items() if k.endswith(('weights.pt', 'metrics.csv'))})
+        found.append({k: v for k, v in contents(tmp_path/str(workers)).items() if k.endswith(('weights.safetensors', 'metrics.csv'))})
     assert len(found[0]) == 2*len(recipes) and found[0] == found[1]
-    assert len({v for k, v in found[0].items() if k.endswith('weights.pt')}) == len(recipes)
+    assert len({v for k, v in found[0].items() if k.endswith('weights.safetensors')}) == len(recipes)
 
 
 # Of all weights' norm, or of the map's maximum. Sums in another order differ in the last digits; each step of training enlarges that about tenfold.

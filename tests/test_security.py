@@ -84,29 +84,43 @@ def run(stored, store):
     return store.runs/QUICK.key
 
 
-def plant(run, raw):
-    "Other weights in a stored run, with a record that vouches for them, under a seal that fits."
-    (run/'weights.pt').write_bytes(raw)
-    about = dict(json.loads((run/'run.json').read_text()), sha256=hashlib.sha256(raw).hexdigest())
-    del about['seal']
-    (run/'run.json').write_text(json.dumps(dict(about, seal=core.digest(about, 64))))
+def same_weights(run, stored): return (run/'weights.safetensors').read_bytes() == (stored/'weights.safetensors').read_bytes()
+
+
+def plant(run, raw, name):
+    "Other weights in a stored run, as torch's file or under the name of today's, with a record whose checksums fit."
+    about = json.loads((run/'run.json').read_text())
+    del about['sha256']
+    sums = [hashlib.sha256(d).hexdigest() for d in (raw, (run/'metrics.csv').read_bytes())]
+    if name == 'weights.pt':
+        (run/'weights.safetensors').unlink()
+        about.update(zip(('sha256', 'metrics_sha256'), sums))
+        about['seal'] = core.digest(about, 64)
+    else: about['sha256'] = core.digest([about, *sums], 64)
+    (run/name).write_bytes(raw)
+    (run/'run.json').write_text(json.dumps(about))
+
+
+each_name = pytest.mark.parametrize('name', ['weights.pt', 'weights.safetensors'])
 
 
 @each_form
-def test_stored_weights_run_no_code(stored, run, form):
+@each_name
+def test_stored_weights_run_no_code(stored, run, form, name):
     "Even with the right hash in the record: the run is set aside and trained again."
-    plant(run, form(dict(weight=Evil())))
+    plant(run, form(dict(weight=Evil())), name)
     with pytest.warns(UserWarning, match='is damaged.*set aside as'): runs.trained(QUICK, device='cpu', progress=False)
-    assert (run/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes() and (run/'weights.pt.broken-1').exists()
+    assert same_weights(run, stored) and (run/f'{name}.broken-1').exists()
 
 
 @pytest.mark.parametrize('raw', [b'', b'not weights', FORMS['zip']([1, 2]), FORMS['zip'](dict(other=torch.zeros(2)))],
     ids=['empty', 'text', 'list', 'another network'])
-def test_weights_that_are_none_are_set_aside(stored, run, raw):
-    "Whatever it is that their hash vouches for."
-    plant(run, raw)
+@each_name
+def test_weights_that_are_none_are_set_aside(stored, run, raw, name):
+    "Whatever it is that their hash fits."
+    plant(run, raw, name)
     with pytest.warns(UserWarning, match='is damaged.*set aside as'): runs.trained(QUICK, device='cpu', progress=False)
-    assert (run/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes()
+    assert same_weights(run, stored)
 
 
 @each_seal
@@ -120,7 +134,7 @@ def test_checkpoint_runs_no_code(stored, tmp_path, raw, seal):
     (tmp_path/'run'/'checkpoint.pt').write_bytes(raw)
     with pytest.warns(UserWarning, match='cannot be read.*set aside as checkpoint.pt.broken-1'):
         runs.run(QUICK, tmp_path/'run', device='cpu', progress=False)
-    assert (tmp_path/'run'/'weights.pt').read_bytes() == (stored/'weights.pt').read_bytes() and (tmp_path/'run'/'checkpoint.pt.broken-1').read_bytes() == raw
+    assert same_weights(tmp_path/'run', stored) and (tmp_path/'run'/'checkpoint.pt.broken-1').read_bytes() == raw
 
 
 @each_form

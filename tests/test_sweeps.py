@@ -26,18 +26,17 @@ needs_dask = pytest.mark.skipif(not importlib.util.find_spec('distributed'), rea
 # In a worker, before anything else (Dask does it twice): write down each training's beginning and end.
 COUNT = '''
 import os
-from pcl_nb import runs, training
-from pcl_nb.lab import sweep
-fit = getattr(training, 'uncounted', training.fit)
-training.uncounted = fit
+from pcl_nb.lab import store
+fit = getattr(store, 'uncounted', store.fit)
+store.uncounted = fit
 def counted(recipe, model=None, checkpoint=None, *args):
     def note(what):
-        with open(os.environ['TRAININGS'], 'a') as f: f.write(f'{what} {recipe.key} {os.getpid()} {int(checkpoint.exists())}\\n')
+        with open(os.environ['TRAININGS'], 'a') as f: f.write(f'{what} {recipe.key} {os.getpid()} {int(checkpoint.path.exists())}\\n')
     note('begin')
     fitted = fit(recipe, model, checkpoint, *args)
     note('end')
     return fitted
-training.fit = counted
+store.fit = counted
 '''
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT, processes
 from pcl_nb import methods, models, runs, training
@@ -74,14 +75,14 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path, undisturbed, epochs):
     done, total = calls[0]
     assert epochs*total <= done*SLOW.epochs < total*SLOW.epochs, 'resumed, not started anew and not complete'
     assert outcome(fitted, tmp_path) == undisturbed
-    assert sorted(p.name for p in tmp_path.glob('[!.]*')) == ['metrics.csv', 'run.json', 'weights.pt']
+    assert sorted(p.name for p in tmp_path.glob('[!.]*')) == ['metrics.csv', 'run.json', 'weights.safetensors']
 
 
 def test_kill_between_weights_and_record_is_harmless(tmp_path):
     "A run without its record counts as not finished, however much of the rest is there."
     first = outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path)
     (tmp_path/'run.json').unlink()
-    (tmp_path/'weights.pt').write_bytes(b'')
+    (tmp_path/'weights.safetensors').write_bytes(b'')
     assert outcome(runs.run(QUICK, tmp_path, progress=False), tmp_path) == first
 
 
@@ -146,9 +147,9 @@ def test_killed_holder_lets_others_train(store):
 
 
 @pytest.mark.parametrize('name, damage', [
-    ('weights.pt', lambda p: p.write_bytes(p.read_bytes()[:-1000])),
-    ('weights.pt', lambda p: p.write_bytes(p.read_bytes().replace(b'\0\1', b'\1\0'))),
-    ('weights.pt', lambda p: p.unlink()),
+    ('weights.safetensors', lambda p: p.write_bytes(p.read_bytes()[:-1000])),
+    ('weights.safetensors', lambda p: p.write_bytes(p.read_bytes().replace(b'\0\1', b'\1\0'))),
+    ('weights.safetensors', lambda p: p.unlink()),
     ('run.json', lambda p: p.write_bytes(b'')),
     ('run.json', lambda p: p.write_text('[]')),
     ('metrics.csv', lambda p: p.unlink()),
@@ -163,6 +164,27 @@ def test_damaged_run_is_set_aside_and_trained_again(tmp_path, name, damage):
     with pytest.warns(UserWarning, match='is damaged.*set aside as'): again = runs.run(QUICK, tmp_path, progress=False)
     assert outcome(again, tmp_path) == first
     assert {n: (tmp_path/f'{n}.broken-1').read_bytes() for n in left} == left
+
+
+def as_before(folder):
+    "Rewrite a stored run in the form of runs from before: a torch file, a digest of each file, a seal on the record."
+    about = json.loads((folder/'run.json').read_text())
+    torch.save(load_file(folder/'weights.safetensors'), folder/'weights.pt')
+    (folder/'weights.safetensors').unlink()
+    about['sha256'], about['metrics_sha256'] = (hashlib.sha256((folder/n).read_bytes()).hexdigest() for n in ('weights.pt', 'metrics.csv'))
+    (folder/'run.json').write_text(json.dumps(dict(about, seal=core.digest(about, 64))))
+
+
+def test_run_from_before_is_opened(store):
+    "It counts as trained and is not trained again; damaged, it is set aside and trained again."
+    first = outcome(runs.trained(QUICK, progress=False), store.runs/QUICK.key)
+    as_before(store.runs/QUICK.key)
+    calls = []
+    assert runs.is_trained(QUICK) and runs.train_all([QUICK], progress=False) == 0
+    assert outcome(runs.trained(QUICK, progress=progress_of(calls)), store.runs/QUICK.key) == first and not calls
+    (store.runs/QUICK.key/'weights.pt').write_bytes((store.runs/QUICK.key/'weights.pt').read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match='is damaged.*weights.pt.broken-1'): again = runs.trained(QUICK, progress=False)
+    assert outcome(again, store.runs/QUICK.key) == first and (store.runs/QUICK.key/'weights.safetensors').exists()
 
 
 def cli(capsys, *args):
@@ -187,7 +209,7 @@ def test_help_names_every_setting(capsys):
     ('--scheme hard', 'valid: simple, complex'),
     ('--profile tiny', 'valid: smoke, embedded, photos'),
     ('--data folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
-    ('--data imagenot', 'valid: concept_scenes, concept_objects, folder:PATH'),
+    ('--data imagenot', 'valid: concept_scenes, concept_scenes_hard, concept_objects, folder:PATH'),
     ('--batch 0', 'a whole number of 1 or more'),
     ('--batch many', '--batch'),
     ('--lr nan', 'a finite number of 0 or more'),
@@ -281,7 +303,8 @@ def test_first_bad_step_is_named_and_the_checkpoint_before_it_kept(tmp_path, mon
     monkeypatch.setattr(training, 'train_step', spoil)
     monkeypatch.setattr(training, 'LOOK_EVERY', dict(cpu=looks))
     checkpoint = tmp_path/'checkpoint.pt'
-    with pytest.raises(FloatingPointError, match=said): training.fit(replace(QUICK, epochs=3), checkpoint=checkpoint, device='cpu', progress=False)
+    with pytest.raises(FloatingPointError, match=said):
+        training.fit(replace(QUICK, epochs=3), checkpoint=runs.Checkpoint(checkpoint), device='cpu', progress=False)
     assert len(calls) == (7 if spoilt == 'loss' and looks == 1 else 8)
     state = torch.load(io.BytesIO(core.unsealed(checkpoint.read_bytes())), weights_only=True)
     assert state['epoch'] == 1 and all(torch.isfinite(v).all() for v in state['model'].values())

@@ -47,7 +47,9 @@ def valid(
     if get_origin(kind) is Literal:
         names = get_args(kind)
         return value if value in names else choose(value, filter(None, names), name)
-    try: return _adapter(kind).validate_python(value)
+    try:
+        if hasattr(value, '__float__') and not isinstance(value, (int, float)): value = str(value)     # a tensor
+        return _adapter(kind).validate_python(value)
     except ValidationError as e:
         raise InputError(f'{name} {brief(value)} is not valid; give {_words(kind, e)}') from None
 

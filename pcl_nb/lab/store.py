@@ -9,7 +9,7 @@ __all__ = ['FILES', 'FILES_BEFORE', 'run_folder', 'is_complete', 'is_trained', '
 
 # %% ../../nbs/lab/01_store.ipynb #125f56b8
 import argparse, contextlib, hashlib, inspect, io, json, os, pickle, re, sys, warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -29,7 +29,6 @@ from ..base.valid import kinds, valid
 from ..images import ImageSet, pick
 from ..sources import DATA, load
 from ..crops import batches
-from ..models import ARCHS
 from ..pcl import METHODS
 from ..training import Fitted, Recipe, build_model, fit
 from .recipe import PROFILES, recipe_for
