@@ -66,7 +66,7 @@ def _evidence(found, first):
 
 def _ours(found, id):
     "What was found about the claims of a figure: a row a claim and network."
-    about = found[[id in f.replace(',', ' ').split() for f in found.figure]]
+    about = found[found.figure.map(lambda f: id in f.replace(',', ' ').split()).astype(bool)]
     return _evidence(about.assign(network=about.arch.map(lambda a: TITLES.get(a, a))), ['claim', 'network'])
 
 # %% ../../nbs/lab/09_report.ipynb #a9677399
