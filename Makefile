@@ -38,7 +38,7 @@ readme: $(READY)  ## render nbs/index.ipynb as README.md
 check: $(READY)  ## clean and export the notebooks, lint the package; fails where that changes a committed file
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/ruff check pcl_nb
+	$(BIN)/ruff check nbs pcl_nb
 	git diff --exit-code -- nbs pcl_nb
 
 clean:  ## remove caches and build leftovers; trained runs, results and .venv stay

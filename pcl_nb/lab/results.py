@@ -13,7 +13,8 @@ from pathlib import Path
 from filelock import FileLock
 import pandas as pd
 
-from ..base.core import InputError, hardware, require, revision, runs_dir, to_json, versions, write_atomic
+from ..base.core import InputError, hardware, require, revision, to_json, versions, write_atomic
+from .store import run_record
 
 # %% ../../nbs/lab/05_results.ipynb #e1a0a005
 KEY = 'arch', 'network', 'scheme', 'data', 'seed', 'settings', 'quantity'
@@ -137,7 +138,7 @@ def trained_with(
     found = {}
     for name, key in runs.items():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            about = json.loads((runs_dir()/key/'run.json').read_text())
+            about = run_record(key)
             text = f"{about['revision']}, torch {about['versions']['torch']}, {about['device']}"
             found.setdefault(text, []).append(name)
     return found

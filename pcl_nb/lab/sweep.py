@@ -16,7 +16,7 @@ import torch
 
 from ..base.core import InputError, Progress, brief, choose, cores, require, resolve, runs_dir
 from ..base.valid import Count, valid
-from ..sources import parse_name
+from ..sources import is_drawn, parse_name
 from ..training import Recipe
 from .recipe import cost
 from .store import is_complete, is_trained, noted_progress, progress_of, run, run_folder
@@ -146,8 +146,9 @@ def _dask(name, workers):
 # %% ../../nbs/lab/02_sweep.ipynb #50f6b486
 def _anywhere(recipe):
     "The recipe with its data by absolute path."
+    if is_drawn(recipe.data): return recipe
     kind, where = parse_name(recipe.data)
-    return recipe if kind == 'concept' else replace(recipe, data=f'{kind}:{os.path.abspath(where)}')
+    return replace(recipe, data=f'{kind}:{os.path.abspath(where)}')
 
 # %% ../../nbs/lab/02_sweep.ipynb #0f09fe42
 class Pace:
