@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                      'pcl_nb.base.weights._download': ('base/weights.html#_download', 'pcl_nb/base/weights.py'),
                                      'pcl_nb.base.weights._expected': ('base/weights.html#_expected', 'pcl_nb/base/weights.py'),
                                      'pcl_nb.base.weights._fill': ('base/weights.html#_fill', 'pcl_nb/base/weights.py'),
+                                     'pcl_nb.base.weights._loaded': ('base/weights.html#_loaded', 'pcl_nb/base/weights.py'),
                                      'pcl_nb.base.weights._open': ('base/weights.html#_open', 'pcl_nb/base/weights.py'),
                                      'pcl_nb.base.weights._prefix': ('base/weights.html#_prefix', 'pcl_nb/base/weights.py'),
                                      'pcl_nb.base.weights._save': ('base/weights.html#_save', 'pcl_nb/base/weights.py'),

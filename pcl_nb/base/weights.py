@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
@@ -108,12 +109,17 @@ _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY = (_SCALAR, 'numpy.core.multiarray.scalar'), _SCALAR, np.dtype, type(np.dtype('f8')), type(np.dtype('f4'))
 
 # %% ../../nbs/base/02_weights.ipynb #03d4968c
+def _loaded(path):
+    "What is in a file of weights: safetensors, or torch's own form, without running code in it."
+    if str(path).endswith('.safetensors'): return safetensors.torch.load_file(path)
+    with warnings.catch_warnings(), torch.serialization.safe_globals([*_NUMPY]):
+        warnings.filterwarnings('ignore', 'pickle_load_args')     # torch says that `encoding` has no effect; it has
+        return torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')     # numbers of Python 2
+
 def _open(path):
-    "The state dict in a file of weights, under today's names; no code in it is run."
+    "The state dict in a file of weights, under today's names."
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*_NUMPY]):
-            warnings.filterwarnings('ignore', 'pickle_load_args')     # torch says that `encoding` has no effect; it has
-            found = torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')     # numbers of Python 2
+        found = _loaded(path)
         inside = 'state_dict', 'model_state_dict', 'model', 'net'
         found = next((found[k] for k in inside if isinstance(found.get(k), dict)), found)
         of_2017 = r'(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.'
