@@ -351,7 +351,7 @@ def activity_table(
     stage:str='stage4',
     part:float=.5              # of the maximum, from which a position belongs to the activated region
 ) -> pd.DataFrame:  # a row an image: positive, region, both in [0,1]
-    "Share of open ReLUs and size of the activated region at the end of a stage (appendix D.3)."
+    "Share of active ReLUs and size of the activated region at the end of a stage (appendix D.3)."
     model, rows = staged(model), []
     choose(stage, model.stages, 'stage')
     require(is_real(part) and 0 < part <= 1, f'part {brief(part)} is not valid; give a number above 0 and up to 1')

@@ -55,7 +55,7 @@ TARGETS = 'prediction', 'truth'
 @dataclass(frozen=True)
 class PCLSettings(Method):
     "The settings of pairwise consistency learning."
-    stage:Literal['stage3', 'stage4'] = 'stage3'            # where the CAM module sits
+    stage:Literal['stage3', 'stage4'] = 'stage3'            # where the CAM module is
     target:Literal[TARGETS] = 'prediction'                  # target class t
     side_weight:Factor = 1.
     ipc_weight:Factor = 1.
@@ -78,7 +78,7 @@ class PCLSettings(Method):
 
 # %% ../nbs/09_pcl.ipynb #87ae0166
 def _pairs(pcl, z, z_erased):
-    "The items that compare the two answers; CPC compares the images of all processes."
+    "The items that compare the two outputs; CPC compares the images of all processes."
     items = {}
     if pcl.ipc_weight:
         items['ipc'] = pcl.ipc_weight*instance_consistency(z, z_erased, pcl.ipc_distance, pcl.detach)

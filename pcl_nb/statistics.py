@@ -132,7 +132,7 @@ def power(
     images=0.,      # (J,) variance over images, or one number
     times:int=1000
 ) -> float:  # in [0,1]
-    "How often the rule decides, the true values being `means`."
+    "How often the rule decides if the true values are `means`."
     W, runs, means = np.atleast_2d(weights).astype(float), np.asarray(runs), np.asarray(means, float)
     spread = np.square(s)/runs + np.broadcast_to(images, means.shape)
     drawn = means + np.random.default_rng(0).normal(size=(times, len(means)))*np.sqrt(spread)
