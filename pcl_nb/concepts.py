@@ -221,7 +221,7 @@ def draw_image(
 def draw_concepts(
     kind:str,     # in `KINDS`
     split:str,    # 'train' or 'val'
-    n:int,        # number of images; labels go round the classes
+    n:int,        # number of images; labels cycle through the classes
     px:int,       # height and width, pixels
     seed:int=0    # another seed, other images
 ) -> ImageSet:
