@@ -207,7 +207,7 @@ def test_help_names_every_setting(capsys):
     ('--arch resnet19', "did you mean 'resnet18'?"),
     ('--method plc', 'valid: baseline, side, ipc, cpc, pcl'),
     ('--scheme hard', 'valid: simple, complex'),
-    ('--profile tiny', 'valid: smoke, embedded, photos'),
+    ('--profile tiny', 'valid: smoke, embedded, hard, photos'),
     ('--data folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
     ('--data imagenot', 'valid: concept_scenes, concept_scenes_hard, concept_objects, folder:PATH'),
     ('--batch 0', 'a whole number of 1 or more'),
