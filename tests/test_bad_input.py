@@ -15,7 +15,7 @@ from torch import nn
 from conftest import NBS, check, code_cells, tagged
 from pcl_nb import cam, data, erf, focus_area, losses, methods, models, reproduce, runs, sources, training
 from pcl_nb.base import core, weights
-from pcl_nb.lab import explore
+from pcl_nb.lab import experiment
 from pcl_nb.base.core import InputError
 
 nan, inf, LONG, SNOW = math.nan, math.inf, 'x'*100_000, 'naïve ☃'
@@ -308,7 +308,7 @@ CALLS = {
     'core': each(core.usable_device, 'x', SNOW, LONG, 'meta', 'cuda:99', 'cpu:x', 5, 1.5, nan, [], {}) + each(core.resolve, None, 5, nan,
         LONG, '~no_such_user') + each(lambda v: core.threads(v).__enter__(), *COUNTS) + each(lambda v: core.choose(v, 'abc', 'letter'),
         *WORDS, LONG, [], 10**5000),
-    'explore.image_files': each(explore.image_files, 'x', 'a\0b', LONG, None, 5, nan, {}, ['x'], ['a\0b'], [None]),
+    'experiment.image_files': each(experiment.image_files, 'x', 'a\0b', LONG, None, 5, nan, {}, ['x'], ['a\0b'], [None]),
     'reproduce': each(lambda v: reproduce.plan([v]), *WORDS) + each(lambda v: reproduce.plan(profile=v),
         *WORDS) + each(lambda v: reproduce.plan(archs=[v]), *WORDS) + each(lambda v: reproduce.estimate([], v), *WORDS),
 }

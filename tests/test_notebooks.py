@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import NBS, ROOT, code_cells, contents, tagged
-from pcl_nb.lab.experiment import CHECKS
+from pcl_nb.lab.experiment import CHECKS, EXPERIMENTS as DECLARED
 
 LAYERS = 'base', '', 'lab', 'names'       # folders of chapters: a module imports what stands before it
 CHAPTERS = sorted(NBS.glob('[0-9]*.ipynb')) + sorted(p for layer in LAYERS if layer for p in (NBS/layer).glob('*.ipynb'))
@@ -50,10 +50,13 @@ def imported_modules(path):
 
 def own_checks(notebook):
     "The parameters that an experiment gives checks of its own, besides those of all experiments."
+    classes = {'Experiment': None, **{e.__name__: e for e in DECLARED.values()}}
     calls = [n for c in code_cells(notebook) for n in ast.walk(ast.parse(c.source))
-             if isinstance(n, ast.Call) and ast.unparse(n.func) == 'Experiment']
-    assert len(calls) == 1 and calls[0].args[0].value == notebook.stem, 'an experiment names itself once'
-    return [k.arg for k in calls[0].keywords if k.arg != 'fill']
+             if isinstance(n, ast.Call) and ast.unparse(n.func) in classes]
+    assert len(calls) == 1, 'an experiment names itself once'
+    declared = classes[ast.unparse(calls[0].func)]
+    assert (declared.name if declared else calls[0].args[0].value) == notebook.stem
+    return list(declared.own) if declared else [k.arg for k in calls[0].keywords]
 
 
 def requirements():

@@ -11,10 +11,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from conftest import NBS, ROOT, code_cells, contents
+from conftest import NBS, ROOT, code_cells, contents, tagged
 from pcl_nb import reproduce
 from pcl_nb.base import core
-from pcl_nb.lab import jobs, results
+from pcl_nb.lab import experiment, jobs, results
 
 
 def command(folder, *args):
@@ -23,11 +23,26 @@ def command(folder, *args):
     return subprocess.run([sys.executable, '-m', 'pcl_nb.reproduce', *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_every_experiment_says_what_it_trains_before_it_trains():
-    "One cell assigns `recipes`, and it trains nothing: what all figures need can be gathered first."
-    for notebook in {f['experiment'] for f in reproduce.manifest()['figures'].values()}:
-        cells = [c for c in code_cells(NBS/f'{notebook}.ipynb') if jobs._assigns(c.source, 'recipes')]
-        assert cells and 'accuracies' not in cells[0].source and 'trained(' not in cells[0].source.replace('is_trained(', '')
+def test_every_experiment_declares_its_runs():
+    "What all figures need can be gathered before a notebook runs."
+    assert {f['experiment'] for f in reproduce.manifest()['figures'].values()} == set(experiment.EXPERIMENTS)
+
+
+@pytest.mark.parametrize('notebook', sorted(experiment.EXPERIMENTS))
+def test_a_notebook_takes_the_runs_that_it_declares(notebook, capsys, store):
+    "What is planned without the notebook is what its cells assign to `recipes`, in the same order; nothing is printed or trained."
+    declared = experiment.parameters_of(notebook)
+    given = {k: v for k, v in dict(profile='smoke', repeats='2', seed=3, pcl='tau=0.6', device='cpu').items() if k in declared}
+    planned = reproduce.recipes_of(reproduce.Job(notebook, given))
+    assert capsys.readouterr() == ('', '')
+    cells, names = code_cells(NBS/f'{notebook}.ipynb'), {}
+    if not planned: assert notebook in ('claims', 'initialisation') and not any('E.networks' in c.source for c in cells); return
+    for cell in cells:
+        exec(compile(cell.source, notebook, 'exec'), names)
+        if tagged([cell]): names.update(given)
+        if 'recipes' in names: break
+    assert list(names['recipes'].items()) == list(planned.items()) and names['E'].planned == planned
+    assert contents(store.runs) == {}
 
 
 def test_dry_run_trains_and_writes_nothing(tmp_path):
@@ -199,16 +214,8 @@ def test_measurements_that_are_gone_are_made_again(tmp_path, store):
 
 
 STUB = """import pandas as pd
-from pcl_nb import reproduce
 from pcl_nb.base import core
-from pcl_nb.lab import jobs, results, store
-before = {*globals(), 'before'}
-#
-profile: str = 'embedded'
-archs: str = ''
-out: str = ''
-#
-recipes = {}
+from pcl_nb.lab import results
 #
 results.save_result(core.resolve(out) if out else core.results_dir(profile), 'initialisation', pd.DataFrame(dict(arch=archs.split(','), share=.5)))"""
 
@@ -219,8 +226,8 @@ def test_a_run_leaves_what_is_committed_as_it_is(tmp_path):
     for name in 'settings.ini', '.gitignore': shutil.copy(ROOT/name, tmp_path)
     (tmp_path/'nbs').mkdir()
     shutil.copy(NBS/'figures.yaml', tmp_path/'nbs')
-    cells = [nbformat.v4.new_code_cell(c) for c in STUB.split('\n#\n')]
-    cells[1].metadata.tags = ['parameters']
+    first, last = map(nbformat.v4.new_code_cell, STUB.split('\n#\n'))
+    cells = [first, *tagged(code_cells(NBS/'initialisation.ipynb')), last]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(language_info=dict(name='python'))), tmp_path/'nbs'/'initialisation.ipynb')
     results.save_result(tmp_path/'figures'/'embedded', 'initialisation', pd.DataFrame(dict(arch=['resnet18', 'resnet34'], share=.5)))
     env = {k: v for k, v in os.environ.items() if not k.startswith('PCL_NB_')} | dict(PYTHONPATH=str(tmp_path))

@@ -309,11 +309,9 @@ def test_every_source_is_python():
 
 
 def test_nothing_is_evaluated_or_given_to_a_shell():
-    "No eval, no shell; `exec` runs the project's own cells, in one place."
-    bad = re.compile(r'(eval|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get(status)?output|pty\..*|(code|runpy)\..*)$')
+    "No eval, no exec, no shell: notebooks are run by papermill, in a kernel of their own."
+    bad = re.compile(r'(eval|exec|compile|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get(status)?output|pty\..*|(code|runpy)\..*)$')
     assert [(w, n) for w, n, k in calls() if bad.match(n) or k.get('shell', 'False') != 'False'] == []
-    assert sorted((w.split()[0], n) for w, n, _ in calls() if n in ('exec', 'compile')) == [(w, n)
-        for w in ('07_jobs', 'jobs.py') for n in ('compile', 'exec')]
 
 
 def test_nothing_is_unpickled_or_unpacked():

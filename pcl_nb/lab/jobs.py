@@ -7,7 +7,7 @@ __all__ = ['manifest', 'Job', 'plan', 'notebook_path', 'recipes_of', 'missing_ou
            'verdicts', 'said', 'verdict_matrix', 'summary']
 
 # %% ../../nbs/lab/07_jobs.ipynb #fbe0f90d
-import ast, contextlib, hashlib, io, json, math, sys, time
+import hashlib, json, math, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .recipe import PROFILES
 from .store import is_trained, run_record
 from .sweep import RunsFailed, pool, train_all
 from .results import KEY, measurements
-from .experiment import parameters_of
+from .experiment import EXPERIMENTS, parameters_of
 
 # %% ../../nbs/lab/07_jobs.ipynb #283f623b
 def manifest(
@@ -116,24 +116,15 @@ def notebook_path(name): return root()/'nbs'/f'{name}.ipynb'
 def _code_cells(name):
     return [c for c in nbformat.read(notebook_path(name), as_version=4).cells if c.cell_type == 'code']
 
-def _assigns(source, name):
-    def is_name(n): return isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
-    return any(map(is_name, ast.walk(ast.parse(source))))
-
 # %% ../../nbs/lab/07_jobs.ipynb #71c076e9
 def recipes_of(
     job:Job
 ) -> dict:  # key -> Recipe
     "The runs that a notebook needs; raises what its checks raise."
-    names = {}
-    for cell in _code_cells(job.notebook):
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(cell.source, f'{job.notebook}.ipynb', 'exec'), names)
-        if 'parameters' in cell.metadata.get('tags', []):
-            for p in job.parameters: choose(p, parameters_of(job.notebook), f'parameter of {job.notebook}')
-            names.update(job.parameters)
-        if _assigns(cell.source, 'recipes'): return dict(names['recipes'])
-    raise InputError(f'{job.notebook}.ipynb does not name the runs that it needs: no cell assigns recipes')
+    experiment = EXPERIMENTS[choose(job.notebook, EXPERIMENTS, 'experiment')]
+    declared = parameters_of(job.notebook)
+    for p in job.parameters: choose(p, declared, f'parameter of {job.notebook}')
+    return experiment({**declared, **job.parameters}, quiet=True).needs()
 
 # %% ../../nbs/lab/07_jobs.ipynb #77ebb100
 def _stamp(path): return path.stat().st_mtime_ns if path.exists() else None
