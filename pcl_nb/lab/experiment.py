@@ -18,7 +18,8 @@ import nbformat
 import pandas as pd
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..base.core import (InputError, Progress, _as_text, brief, choose, flag, is_real, is_whole, items_of, out_folder,
+from ..base.core import (InputError, Progress, _as_text, brief, choose, flag, is_real, is_whole, items_of,
+    out_folder,
     pairs, require, resolve, results_dir, root, text, usable_device)
 from ..base.weights import PUBLIC
 from ..images import LARGEST, images_below
