@@ -1,4 +1,5 @@
 "Networks and images as people have them: shared modules, fixed sizes, foreign checkpoints, low precision, every form of image."
+import pickle
 import copy
 import warnings
 from types import SimpleNamespace
@@ -523,3 +524,10 @@ def test_network_that_gives_no_logits(net):
     class Pair(Net):
         def forward(self, x): return super().forward(x), x
     refused(lambda: models.wrap(Pair(), ONE, 'fc'), 'gives tuple, not the 5 logits')
+
+
+def test_a_network_can_be_sent_to_another_process():
+    "A wrapped network survives pickling."
+    model = models.create_model('resnet18', 5, width=.25, side=True).eval()
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad(): assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
