@@ -1,6 +1,6 @@
 "Networks and images as people have them: shared modules, fixed sizes, foreign checkpoints, low precision, every form of image."
-import pickle
 import copy
+import pickle
 import warnings
 from types import SimpleNamespace
 
