@@ -197,7 +197,7 @@ def test_measurements_that_are_gone_are_made_again(tmp_path, store):
     recipe = reproduce.recipes_of(reproduce.plan(['fig4'], 'smoke', ['resnet18'])[0])['resnet18', 'pcl', 0]
     job, needs = reproduce.Job('qualitative', {}, outputs=['fig2']), {'pcl': recipe}
     (store.runs/recipe.key).mkdir(parents=True)
-    (store.runs/recipe.key/'run.json').write_text('{"sha256": ""}')
+    for name in ('run.json', 'weights.safetensors'): (store.runs/recipe.key/name).write_text('{}')
     folder = saved(store.results/'smoke', [dict(r, run=recipe.key) for r in measured(1)])
     with pytest.MonkeyPatch.context() as m:
         m.setattr(jobs, 'is_trained', lambda r: True)

@@ -25,7 +25,7 @@ from ..sources import fingerprint, is_drawn
 from ..models import ARCHS, TITLES
 from ..claims import CLAIMS, judge
 from .recipe import PROFILES
-from .store import is_trained, run_record
+from .store import is_trained, weights_sum
 from .sweep import RunsFailed, pool, train_all
 from .results import KEY, measurements
 from .experiment import EXPERIMENTS, parameters_of
@@ -188,7 +188,7 @@ def _package_code():
 
 def _receipt(job, needs, folder):
     "The file that notes that a job is done, named after all that its results depend on."
-    weights = {r.key: run_record(r)['sha256'] for r in needs.values()}
+    weights = {r.key: weights_sum(r) for r in needs.values()}
     given = [job.parameters.get(name, '') for name in ('scenes', 'objects')]
     sets = {**{d: (224, 0, 0, 0) for d in given},        # of an experiment without networks
         **{d: (r.size, r.train, r.val, r.data_seed) for r in needs.values() for d in (r.data, *given)}}

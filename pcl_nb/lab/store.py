@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'FILES_BEFORE', 'run_folder', 'is_complete', 'is_trained', 'run_record', 'noted_progress', 'progress_of',
-           'BrokenRun', 'set_aside', 'Checkpoint', 'load_run', 'run', 'trained', 'stored', 'val_images',
+           'BrokenRun', 'set_aside', 'Checkpoint', 'weights_sum', 'load_run', 'run', 'trained', 'stored', 'val_images',
            'random_batches', 'docments', 'main']
 
 # %% ../../nbs/lab/01_store.ipynb #125f56b8
@@ -159,6 +159,14 @@ def _opened(folder):
     state = (torch.load(io.BytesIO(data[0]), map_location='cpu', weights_only=True) if before
         else safetensors.torch.load(data[0]))
     return about, state, pd.read_csv(io.BytesIO(data[1]))
+
+# %% ../../nbs/lab/01_store.ipynb #c7e1d502
+def weights_sum(
+    run  # a recipe, or its key
+) -> str:
+    "SHA-256 of a stored run's weights: equal where the same weights were trained again."
+    files = (run_folder(run)/name for name in (FILES[0], FILES_BEFORE[0]))
+    return _sha256(next(f for f in files if f.exists()).read_bytes())
 
 # %% ../../nbs/lab/01_store.ipynb #27a3d9ce
 def load_run(
