@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/names/runs.ipynb #be4a82ca
-from .training import Recipe
+from .training import Recipe  # noqa: F401
 from .lab.recipe import *
 from .lab.store import *
 from .lab.sweep import *
