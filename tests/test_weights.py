@@ -267,7 +267,7 @@ def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
     assert done.returncode and 'profile public has the networks init, objects, scenes' in done.stderr
     done = papermill(NBS/'erf.ipynb', tmp_path, figures='5,6', **run)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'shufflenet_v2_x1_5: nobody publishes a network for scenes' in printed(tmp_path/'executed.ipynb')
+    assert 'shufflenet_v2_x1_5: no public places365 weights; left out' in printed(tmp_path/'executed.ipynb')
     table = pd.read_csv(tmp_path/'results'/'public'/'fig6.csv')
     assert table.groupby('arch').network.unique().map(set).to_dict() == {'resnet18': {'init', 'objects', 'scenes'},
         'shufflenet_v2_x1_5': {'init', 'objects'}}
