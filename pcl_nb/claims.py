@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MARGIN', 'ALIKE', 'POINTS', 'CEILING', 'RESNETS', 'TRUTH', 'CLAIMS', 'ENLARGED_BY_S4', 'NORMALISED', 'WEIGHTS',
            'UNLEARNED', 'FRAME', 'MOST', 'CONSISTENT', 'CHANGE', 'Part', 'versus', 'Claim', 'parts_of', 'Runs',
-           'check_data', 'runs_of', 'Compared', 'compare', 'shown', 'judge_gains', 'size_interval', 'judge_shrinking',
-           'network_means', 'pcl_changes', 'network_correlations', 'chosen', 'in_order', 'judge', 'false_decisions',
-           'comparisons', 'against', 'to_read', 'scheme_distances', 'image_kinds']
+           'check_training_data', 'runs_of', 'Compared', 'compare', 'shown', 'judge_gains', 'size_interval',
+           'judge_shrinking', 'network_means', 'pcl_changes', 'network_correlations', 'chosen', 'in_order', 'judge',
+           'false_decisions', 'comparisons', 'against', 'to_read', 'scheme_distances', 'image_kinds']
 
 # %% ../nbs/15_claims.ipynb #8f9cb14e
 import math
@@ -163,7 +163,7 @@ class Runs:
         return own if (own := of(archs[0])).poolable else wide
 
 # %% ../nbs/15_claims.ipynb #22c5d865
-def check_data(
+def check_training_data(
     measurements:pd.DataFrame    # arch, network, scheme, data
 ):
     "Raise `InputError` if the runs of a network were trained on different data."
@@ -179,7 +179,7 @@ def runs_of(
 ) -> Runs:
     "The runs of a quantity with default settings."
     t = measurements[(measurements.quantity == quantity) & (measurements.settings == '')]
-    check_data(t)
+    check_training_data(t)
     points, found = quantity in POINTS, Runs({}, {}, {})
     t = t[t.value.notna() & (points | (t.value > 0))].sort_values('seed')
     names = t.network + np.where(t.scheme == 'simple', '', ' ' + t.scheme)
@@ -410,7 +410,7 @@ def network_means(
 ) -> pd.DataFrame:  # arch, network, and a column a quantity
     "Means over the runs of each trained network that has learned."
     t = measurements[measurements.settings.eq('') & measurements.scheme.eq('simple') & measurements.network.ne('init')]
-    check_data(t)
+    check_training_data(t)
     t = t[t.groupby(['arch', 'network']).learned.transform(lambda v: v.astype(bool).all())] if len(t) else t
     return t.pivot_table(index=['arch', 'network'], columns='quantity', values='value', aggfunc='mean').reset_index()
 

@@ -179,6 +179,7 @@ def test_defaults_are_valid():
 @pytest.mark.parametrize('name, value, named', [
     ('arch', 'resnet19', "did you mean 'resnet18'?"),
     ('profile', 'tiny', 'valid: smoke, embedded, hard, photos'),
+    ('profile', 'hard', 'give scenes concept_scenes_hard'),
     ('scenes', 'folder:nowhere', 'give folder:PATH with PATH/train/CLASS/*'),
     ('objects', 'image_net', 'valid: concept_scenes, concept_scenes_hard, concept_objects, folder:PATH'),
     ('images_from', 'places', 'valid: scenes, objects, own'),

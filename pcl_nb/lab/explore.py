@@ -234,12 +234,7 @@ def _inset(width): return W.Layout(width=width, margin='2px 2px 2px 66px')
 
 class _Controls:
     "What to show: networks, image, stage, target class, rule."
-    def __init__(self,
-        explorer:Explorer,
-        files=(),                # image files to choose from
-        source=0,                # number of the first image, or one of the files
-        rule:str='threshold', tau:float=.5, stage:str='stage4'
-    ):
+    def __init__(self, explorer, files, source, rule, tau, stage):
         self.explorer, n = explorer, len(explorer.images) if explorer.images is not None else 0
         kinds = [k for k, there in (('validation set', n), ('files', files), ('upload', True)) if there]
         self.group = _labelled(W.Dropdown, 'networks', options=explorer.groups)

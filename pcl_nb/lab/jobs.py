@@ -78,6 +78,12 @@ def _add(job, name, figure, experiment, arch, archs):
     if key := experiment.get('choose'):
         job.parameters[key] = ','.join([*_names(job.parameters.get(key, '')), str(figure['choose'])])
 
+# %% ../../nbs/lab/07_jobs.ipynb #d41a0f07
+def _data_of(profile):
+    "The data that a profile names: option -> name."
+    p = PROFILES[profile]
+    return {k: v for k, v in dict(scenes=p.scenes, objects=p.objects).items() if v}
+
 # %% ../../nbs/lab/07_jobs.ipynb #a0575e22
 def plan(
     only=(),              # figure ids; none: all
@@ -90,10 +96,9 @@ def plan(
     there, jobs = manifest(), {}
     choose(profile, PROFILES, 'profile')
     for a in archs: choose(a, ARCHS, 'architecture')
-    own = there['profiles'].get(profile, {})
-    given = own.get('data', {}) | {k: v for k, v in given.items() if v is not None}
+    given = _data_of(profile) | {k: v for k, v in given.items() if v is not None}
     small = there['reduced'] if reduced else {}
-    for name in only or small.get('figures') or own.get('figures') or there['figures']:
+    for name in only or small.get('figures') or there['profiles'].get(profile) or there['figures']:
         f = there['figures'][choose(name, there['figures'], 'figure or table')]
         if f.get('concepts') and not is_drawn(given.get('scenes') or 'concept_scenes'):
             require(name not in only, f'{name} needs concept data: photographs do not tell where the evidence is; '

@@ -37,6 +37,8 @@ class Profile:
     lr:float            # initial learning rate
     images:int          # images an impact map is averaged over
     bootstrap:int       # replicates of an interval
+    scenes:str=''       # data of `pcl-reproduce` where no other are named; '': those of the notebooks
+    objects:str=''
 
 # %% ../../nbs/lab/00_recipe.ipynb #3821aa33
 _SMALL = dict(width=.25, small_input=True, batch=16, lr=.05)
@@ -45,10 +47,11 @@ _FULL = dict(size=224, width=1., small_input=False, train=0, val=0, lr=.1, image
 PROFILES = {
     'smoke':    Profile(size=28, train=64, val=64, epochs=1, images=16, bootstrap=20, **_SMALL),
     'embedded': Profile(size=56, train=1600, val=1024, epochs=10, images=1000, bootstrap=200, **_SMALL),
-    'hard':     Profile(size=56, train=1600, val=1024, epochs=20, images=1000, bootstrap=200, **_SMALL),
+    'hard':     Profile(size=56, train=1600, val=1024, epochs=20, images=1000, bootstrap=200,
+        scenes='concept_scenes_hard', **_SMALL),
     'photos':   Profile(size=56, train=0, val=0, epochs=5, images=1000, bootstrap=200, **_SMALL),
     'public':   Profile(epochs=0, batch=64, **_FULL),
-    'paper':    Profile(epochs=40, batch=256, **_FULL),
+    'paper':    Profile(epochs=40, batch=256, scenes='places365', objects='imagenet', **_FULL),
 }
 
 # %% ../../nbs/lab/00_recipe.ipynb #8a4f0cb1
