@@ -3,20 +3,26 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # several processes at a time: one thread each, also in subprocesses
 
 import nbformat
 import pytest
+from papermill import execute_notebook
+from papermill.cli import _resolve_type
+
+from pcl_nb.lab import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
 
 # Children that have imported the package already, but have computed nothing: cheap to start, safe to kill.
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['pcl_nb.runs', 'pcl_nb.lab.measure'])
+processes.set_forkserver_preload(jobs.PRELOAD + ['pcl_nb.runs', 'pcl_nb.lab.measure'])
 
 
 def code_cells(notebook):
@@ -34,12 +40,25 @@ def printed(notebook):
     return ''.join(o.text for c in code_cells(notebook) for o in c.outputs if o.output_type == 'stream')
 
 
-def papermill(notebook, folder, cwd=ROOT, **parameters):
+def places(folder):
+    "The environment that puts runs, results and committed figures below a folder."
+    return dict(PCL_NB_RUNS=str(folder/'runs'), PCL_NB_RESULTS=str(folder/'results'), PCL_NB_FIGURES=str(folder/'figures'))
+
+
+def papermill_command(notebook, folder, cwd=ROOT, **parameters):
     "Run a notebook by papermill's command line; its runs, results and executed copy go to `folder`."
-    env = dict(os.environ, PCL_NB_RUNS=str(folder/'runs'), PCL_NB_RESULTS=str(folder/'results'), PCL_NB_FIGURES=str(folder/'figures'))
     given = [a for name, value in parameters.items() for a in ('-p', name, str(value))]
     return subprocess.run([sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', '--no-progress-bar', *given],
-                          cwd=cwd, env=env, capture_output=True, text=True)
+                          cwd=cwd, env=dict(os.environ, **places(folder)), capture_output=True, text=True)
+
+
+def papermill(notebook, folder, cwd=ROOT, **parameters):
+    "The same without a new process: parameters as the command line reads them, a kernel as `pcl-reproduce` starts it."
+    given = {name: _resolve_type(str(value)) for name, value in parameters.items()}
+    with mock.patch.dict(os.environ, places(folder)):
+        try: execute_notebook(str(notebook), str(folder/'executed.ipynb'), given, cwd=str(cwd), progress_bar=False, **jobs.KERNEL)
+        except Exception: return SimpleNamespace(returncode=1, stderr=traceback.format_exc())
+    return SimpleNamespace(returncode=0, stderr='')
 
 
 def check(notebook, **given):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import NBS, check, contents, papermill, printed
+from conftest import NBS, check, contents, papermill, papermill_command, printed
 from pcl_nb import claims, plots, runs
 from pcl_nb.base import core
 from pcl_nb.lab import results
@@ -103,7 +103,7 @@ def test_repeat_from_elsewhere_trains_nothing_and_gives_the_same_numbers(smoke, 
     def written(): return {p: p.stat().st_mtime_ns for p in smoke.folder.glob('runs/*/[!.]*')}
     def numbers(files): return {name: files[name] for name in smoke.files if name.endswith(('.csv', '.png', '.svg'))}
     before = written()
-    done = papermill(NOTEBOOK, smoke.folder, cwd=tmp_path, profile='smoke', arch='resnet18', repeats=2)
+    done = papermill_command(NOTEBOOK, smoke.folder, cwd=tmp_path, profile='smoke', arch='resnet18', repeats=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'to be trained: none' in printed(smoke.folder/'executed.ipynb')
     assert before and written() == before
@@ -164,7 +164,7 @@ def test_several_architectures_share_a_figure(tmp_path):
 
 def test_unknown_parameter_ends_the_run(tmp_path):
     "A misspelt name fails before anything is computed; the last line says which names there are."
-    done = papermill(NOTEBOOK, tmp_path, profile='smoke', arhc='resnet18')
+    done = papermill_command(NOTEBOOK, tmp_path, profile='smoke', arhc='resnet18')
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert "unknown parameter 'arhc' (did you mean 'arch'?)" in last and 'profile' in last

@@ -10,7 +10,7 @@ __all__ = ['InputError', 'brief', 'choose', 'require', 'is_whole', 'is_real', 'r
 
 # %% ../../nbs/base/00_core.ipynb #7a967900
 import contextlib, difflib, hashlib, importlib.metadata, io, json, math, os, platform, random, re, subprocess, sys
-import tempfile
+import tempfile, threading
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -261,6 +261,8 @@ class Progress(tqdm):
         text = {'text/plain': str(self) if msg is None else msg}
         if self.line is None: self.line = display(text, raw=True, display_id=True)
         else: self.line.update(text, raw=True)
+
+Progress.set_lock(threading.RLock())     # a bar belongs to one process: no semaphore of the system
 
 # %% ../../nbs/base/00_core.ipynb #ff1f0345
 def write_atomic(

@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'OBJECT_EPOCHS', 'AS_PUBLISHED', 'APPENDIX', 'CHOICES', 'CLAIM_NEEDS', 'EXPERIMENTS', 'one_of', 'integer',
-           'number', 'or_profile', 'list_of', 'image_files', 'run_counts', 'seeds_of', 'checks', 'parameters_of',
-           'given_parameters', 'check_parameters', 'complete', 'recipe_of', 'accuracies', 'settings_text_of',
-           'data_name', 'row_of', 'accuracy_rows', 'Params', 'Experiment', 'Declared', 'FocusArea', 'Qualitative',
-           'Erf', 'ReluActivity', 'Initialisation', 'TargetClass', 'ErasingMethods', 'OpenChoices', 'Calibration',
-           'Claims']
+           'number', 'or_profile', 'list_of', 'image_files', 'run_counts', 'seeds_of', 'checks', 'code_cells',
+           'parameters_of', 'given_parameters', 'check_parameters', 'complete', 'recipe_of', 'accuracies',
+           'settings_text_of', 'data_name', 'row_of', 'accuracy_rows', 'Params', 'Experiment', 'Declared', 'FocusArea',
+           'Qualitative', 'Erf', 'ReluActivity', 'Initialisation', 'TargetClass', 'ErasingMethods', 'OpenChoices',
+           'Calibration', 'Claims']
 
 # %% ../../nbs/lab/06_experiment.ipynb #2fb54c74
-import ast, math, time
+import ast, json, math, time
 from dataclasses import replace
 
-import nbformat
 import pandas as pd
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..base.core import (InputError, Progress, _as_text, brief, choose, flag, is_real, is_whole, items_of,
-    out_folder,
-    pairs, require, resolve, results_dir, root, text, usable_device)
+    out_folder, pairs, require, resolve, results_dir, root, text, usable_device)
 from ..base.weights import PUBLIC
 from ..images import LARGEST, images_below
 from ..sources import check_data, fingerprint, is_drawn, load
@@ -159,14 +157,22 @@ def checks(
     return {n: CHECKS[choose(n, CHECKS, 'common parameter')] for n in names.split()}
 
 # %% ../../nbs/lab/06_experiment.ipynb #c3d1ed16
+def code_cells(
+    notebook:str  # name without ending: 'erf'
+) -> list:  # dicts: source, tags
+    "The code cells of an experiment."
+    path = root()/'nbs'/f'{notebook}.ipynb'
+    require(path.exists(), f'{path} does not exist; an experiment is a notebook in nbs/, run inside a clone')
+    cells = json.loads(path.read_text())['cells']
+    return [dict(source=''.join(c['source']), tags=c['metadata'].get('tags', [])) for c in cells
+        if c['cell_type'] == 'code']
+
 def parameters_of(
     notebook:str  # name without ending: 'erf'
 ) -> dict:  # name -> default
     "The parameters that the notebook declares in its cell with the tag `parameters`."
-    path = root()/'nbs'/f'{notebook}.ipynb'
-    require(path.exists(), f'{path} does not exist; an experiment is a notebook in nbs/, run inside a clone')
-    cells = [c for c in nbformat.read(path, as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
-    lines = [line for c in cells for line in ast.parse(c.source).body if isinstance(line, ast.AnnAssign)]
+    cells = [c for c in code_cells(notebook) if 'parameters' in c['tags']]
+    lines = [line for c in cells for line in ast.parse(c['source']).body if isinstance(line, ast.AnnAssign)]
     return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
 # %% ../../nbs/lab/06_experiment.ipynb #e547c540
