@@ -83,3 +83,9 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv('PCL_NB_RESULTS', str(folders.results))
     monkeypatch.setenv('PCL_NB_FIGURES', str(folders.figures))
     return folders
+
+
+def pytest_collection_modifyitems(items):
+    "What needs an experiment run to its end is slow."
+    for item in items:
+        if 'smoke' in item.fixturenames: item.add_marker(pytest.mark.slow)

@@ -211,6 +211,7 @@ def packing(name, out, **how):
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, **how)
 
 
+@pytest.mark.slow
 def test_packing_survives_kills(tmp_path):
     "Killed at three moments and begun again: the same bytes as undisturbed, and nothing to be read before."
     for split, n in (('train', 700), ('val', 300)):

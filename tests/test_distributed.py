@@ -115,6 +115,7 @@ def group(tmp_path_factory):
 
 
 @pytest.mark.parametrize('step', range(len(STEPS)), ids=['-'.join(map(str, [n, *o.values(), a])) for n, o, a in STEPS])
+@pytest.mark.slow
 def test_gradient_is_that_of_one_process(group, step):
     "Averaged over two processes: gradient and loss items of the joint batch, whatever is drawn or compared over it."
     for want, *found in zip(gradient(*STEPS[step]), *(g['steps'][step] for g in group)):
@@ -187,6 +188,7 @@ def child_of_rank(process, rank):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='finds the processes in /proc')
+@pytest.mark.slow
 def test_killed_process_ends_the_run_and_another_number_goes_on(tmp_path):
     "SIGKILL of one of two: the other one and torchrun end with an error, nothing counts as stored; one process completes the run."
     args = '--method', 'pcl', '--epochs', '40', '--validate-every', '0'
@@ -213,6 +215,7 @@ def test_killed_process_ends_the_run_and_another_number_goes_on(tmp_path):
     assert not checkpoint.exists() and json.loads((tmp_path/'run.json').read_text())['processes'] == 1
 
 
+@pytest.mark.slow
 def test_torchrun_stores_one_run(tmp_path):
     "Two processes, one record and one line of output; asked again, one process finds it."
     process = launch(tmp_path)

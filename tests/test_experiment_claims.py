@@ -40,6 +40,7 @@ def several(tmp_path_factory):
     return folder, *judged(folder, made_up(['resnet18', 'resnet34'], 3))
 
 
+@pytest.mark.slow
 def test_files_and_words(several):
     "Verdicts and comparisons, each once with its picture; the number of decisions that chance alone would make."
     folder, files, text = several
@@ -61,6 +62,7 @@ def test_tables_are_those_of_the_chapter(several):
     assert 'all' in set(compared.arch)
 
 
+@pytest.mark.slow
 def test_one_run_gives_directions(tmp_path):
     "One run of each network: pictures with arrows, no verdict."
     files, text = judged(tmp_path, made_up(['resnet18'], 1))
@@ -69,12 +71,14 @@ def test_one_run_gives_directions(tmp_path):
     assert {'claims.png', 'effects.png'} <= files
 
 
+@pytest.mark.slow
 def test_nothing_measured(tmp_path):
     "An empty folder is no error."
     files, text = judged(tmp_path)
     assert 'no measurements' in text and not files
 
 
+@pytest.mark.slow
 def test_runs_on_different_data_are_refused(tmp_path):
     "Two scene folders in one results folder are not runs of one network: one line that names both, and no verdict."
     table = made_up(['resnet18'], 2)

@@ -147,6 +147,7 @@ def test_images_of_a_choice_are_settings(smoke, tmp_path):
     assert before.scenes.equals(now.scenes)
 
 
+@pytest.mark.slow
 def test_several_architectures_share_a_figure(tmp_path):
     "Each has its figure, and those of one run share one."
     done = papermill(NOTEBOOK, tmp_path, profile='smoke', arch='resnet18,shufflenet_v2_x1_5', figures='5,9')
@@ -162,6 +163,7 @@ def test_several_architectures_share_a_figure(tmp_path):
     assert sorted(p.name for p in folder.glob('fig?.*')) == [f'fig{i}.{e}' for i in (5, 9) for e in ('csv', 'json', 'png', 'svg')]
 
 
+@pytest.mark.slow
 def test_unknown_parameter_ends_the_run(tmp_path):
     "A misspelt name fails before anything is computed; the last line says which names there are."
     done = papermill_command(NOTEBOOK, tmp_path, profile='smoke', arhc='resnet18')

@@ -75,6 +75,7 @@ def test_bad_value_is_refused_in_one_line(name, value, named):
     assert named in str(raised.value) and '\n' not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_reproduced_without_training(tmp_path, capsys):
     "`pcl-reproduce --only initialisation` runs it, and leaves it out the second time."
     command = ['--only', 'initialisation', '--profile', 'smoke', '--archs', 'resnet18', '--quiet',

@@ -11,6 +11,7 @@ NOTEBOOK = NBS/'your_own.ipynb'
 SMALL = dict(train=32, val=32, size=32, epochs=1)
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own(tmp_path):
     "From a folder with a blank in its name to a figure with numbers; what is printed is about this folder."
     for split in ('train', 'val'):

@@ -214,6 +214,7 @@ def test_impact_map_turns_with_image_and_network(arch, size, small, center, axis
 
 # The same numbers
 
+@pytest.mark.slow
 def test_one_worker_and_two_train_the_same(tmp_path, monkeypatch):
     "The same recipes and seeds: weights and metrics agree byte by byte; another seed gives others."
     recipes, found = [replace(QUICK, method='pcl'), replace(QUICK, method='has', seed=1), QUICK, replace(QUICK, seed=1)], []

@@ -45,6 +45,7 @@ def test_a_notebook_takes_the_runs_that_it_declares(notebook, capsys, store):
     assert contents(store.runs) == {}
 
 
+@pytest.mark.slow
 def test_dry_run_trains_and_writes_nothing(tmp_path):
     "It names the runs and the notebooks."
     done = command(tmp_path, '--profile', 'smoke', '--dry-run')
@@ -53,6 +54,7 @@ def test_dry_run_trains_and_writes_nothing(tmp_path):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_plan_of_the_paper_needs_no_data_and_adds_up(tmp_path):
     "The complete matrix on Places365 and ImageNet: hours of each run, their sum, in seconds of computing, and nothing is written."
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -79,6 +81,7 @@ def test_absent_data_stops_a_run(capsys):
     assert 'places365' in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatch):
     "Its notebook is left out and says why; the other one runs; the exit code says that one failed."
     real = reproduce.recipes_of
@@ -90,6 +93,7 @@ def test_a_network_that_cannot_be_trained_leaves_the_others(tmp_path, monkeypatc
     assert table['erf'] == 'done' and table['qualitative'].startswith('failed: resnet18') and 'Try a lower learning rate' in table['qualitative']
 
 
+@pytest.mark.slow
 def test_figures_are_made_once_and_a_report_is_written(tmp_path):
     "The same command again trains nothing and ends with the same numbers; one deleted run is trained again, alone."
     asked = ['--profile', 'smoke', '--only', 'fig6,fig4,claims', '--archs', 'resnet18', '--quiet', '--html']
@@ -220,6 +224,7 @@ from pcl_nb.lab import results
 results.save_result(core.resolve(out) if out else core.results_dir(profile), 'initialisation', pd.DataFrame(dict(arch=archs.split(','), share=.5)))"""
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_is_committed_as_it_is(tmp_path):
     "In a clone: results go where git does not look, and are compared with the committed ones; the same again writes nothing."
     shutil.copytree(ROOT/'pcl_nb', tmp_path/'pcl_nb', ignore=shutil.ignore_patterns('__pycache__'))
@@ -242,6 +247,7 @@ def test_a_run_leaves_what_is_committed_as_it_is(tmp_path):
     assert 'up to date' in run().stdout and all(p.stat().st_mtime_ns == t for p, t in made.items())
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_does_not_stop_the_others(tmp_path):
     "The table says which one failed and why, and the exit code says that one did."
     results = tmp_path/'results'/'smoke'

@@ -182,6 +182,7 @@ def test_workers_end_with_the_process_that_started_them(store, how):
     assert not any(map(runs.is_trained, endless))
 
 
+@pytest.mark.slow
 def test_run_that_kills_every_worker_is_given_up(store, monkeypatch):
     "Its worker dies each time: an error in one line, not an endless loop."
     def deadly(*args): os.kill(os.getpid(), signal.SIGKILL)

@@ -59,6 +59,7 @@ def wait_until(true, process):
 
 
 @pytest.mark.parametrize('epochs', [0, 1, 2])
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_weights(tmp_path, undisturbed, epochs):
     "SIGKILL in the first, second or third epoch: the next call resumes behind the last whole epoch, bit for bit."
     checkpoint, seen = tmp_path/'checkpoint.pt', set()
@@ -120,6 +121,7 @@ def finished(child):
 
 
 @pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.slow
 def test_simultaneous_requests_train_once(store, n):
     "Of several processes that ask for one run at once, one trains; all get its weights, and so does a later one."
     together, answers = processes.Barrier(n), processes.SimpleQueue()
@@ -279,6 +281,7 @@ def test_unreadable_image_is_named(capsys, photos):
     assert done.code == 2 and f"{str(bad)!r} is not an image that can be read" in done.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_diverging_run_ends_with_one_line(tmp_path):
     "A loss that is not a number: exit code 1, the epoch and a way out on one line, no run stored."
     done = subprocess.run([sys.executable, '-m', 'pcl_nb.train', '--profile', 'smoke', '--lr', '1e6', '--out', tmp_path, '--quiet'],

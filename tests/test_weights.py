@@ -255,6 +255,7 @@ def test_pcl_reproduce_plans_the_public_profile(tmp_path, capsys):
         assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_figures_5_and_6_from_public_weights(server, tmp_path, monkeypatch):
     "Validation images alone; an architecture that nobody trained on scenes is drawn without them."
     served, cache = server
