@@ -580,6 +580,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pcl_nb', 'doc_host': '', '
                                  'pcl_nb.lab.jobs._all_outputs': ('lab/jobs.html#_all_outputs', 'pcl_nb/lab/jobs.py'),
                                  'pcl_nb.lab.jobs._archs_of': ('lab/jobs.html#_archs_of', 'pcl_nb/lab/jobs.py'),
                                  'pcl_nb.lab.jobs._data_of': ('lab/jobs.html#_data_of', 'pcl_nb/lab/jobs.py'),
+                                 'pcl_nb.lab.jobs._end_with_the_parent': ('lab/jobs.html#_end_with_the_parent', 'pcl_nb/lab/jobs.py'),
                                  'pcl_nb.lab.jobs._estimate': ('lab/jobs.html#_estimate', 'pcl_nb/lab/jobs.py'),
                                  'pcl_nb.lab.jobs._execute': ('lab/jobs.html#_execute', 'pcl_nb/lab/jobs.py'),
                                  'pcl_nb.lab.jobs._held': ('lab/jobs.html#_held', 'pcl_nb/lab/jobs.py'),

@@ -5,10 +5,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 
 from conftest import NBS, ROOT, code_cells, contents, tagged
@@ -116,6 +118,27 @@ def test_figures_are_made_once_and_a_report_is_written(tmp_path):
     mended = command(tmp_path, *asked)
     assert re.search(r'^ *erf .* done$', mended.stdout, re.M) and re.search(r'^ *qualitative\S* .* up to date$', mended.stdout, re.M)
     assert {n: b for n, b in contents(tmp_path/'results').items() if n.endswith('.csv')} == first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux alone')
+def test_a_kernel_ends_with_the_process_that_started_it(tmp_path):
+    "Killed, a reproduction leaves no kernel behind, even where it was started from a kernel's terminal."
+    cell = nbformat.v4.new_code_cell(f"import os, time; open({str(tmp_path/'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path/'sleeps.ipynb')
+    run = ('import papermill; from pcl_nb.lab.jobs import KERNEL\n'
+           "if __name__ == '__main__': papermill.execute_notebook('sleeps.ipynb', 'out.ipynb', kernel_name='python3', progress_bar=False, **KERNEL)")
+    (tmp_path/'run.py').write_text(run)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    parent = subprocess.Popen([sys.executable, 'run.py'], cwd=tmp_path, env=dict(os.environ, JPY_PARENT_PID='1234567', PYTHONPATH=path))
+    def wait_for(what):
+        end = time.monotonic() + 120
+        while not what(): assert time.monotonic() < end and time.sleep(.1) is None
+    wait_for(lambda: (tmp_path/'pid').exists() and (tmp_path/'pid').read_text() and parent.poll() is None)
+    kernel = int((tmp_path/'pid').read_text())
+    assert psutil.pid_exists(kernel)
+    parent.kill(); parent.wait()
+    wait_for(lambda: not psutil.pid_exists(kernel))
 
 
 def measured(seeds=2, pcl=.3, learned=True):

@@ -7,7 +7,7 @@ __all__ = ['PRELOAD', 'KERNEL', 'manifest', 'Job', 'plan', 'notebook_path', 'rec
            'run_notebook', 'up_to_date', 'reproduce', 'verdicts', 'said', 'verdict_matrix', 'summary']
 
 # %% ../../nbs/lab/07_jobs.ipynb #fbe0f90d
-import hashlib, json, math, multiprocessing, os, sys, time
+import hashlib, json, math, multiprocessing, os, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,6 +155,10 @@ def missing_outputs(
 # %% ../../nbs/lab/07_jobs.ipynb #4b1d0002
 PRELOAD = ['ipykernel.kernelapp', 'matplotlib.pyplot', f"{__package__ or 'pcl_nb.lab'}.experiment"]
 
+def _end_with_the_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
 def _run_kernel(arguments, env, cwd):
     "The process of a kernel."
     os.setsid()                                       # Ctrl-C goes to the process that runs the notebook
@@ -163,7 +167,8 @@ def _run_kernel(arguments, env, cwd):
     import matplotlib
     from ipykernel.kernelapp import IPKernelApp
     matplotlib.use(env.get('MPLBACKEND') or 'module://matplotlib_inline.backend_inline')
-    IPKernelApp.launch_instance(arguments)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    IPKernelApp.launch_instance([*arguments, '--IPKernelApp.parent_handle=1'])        # nor does it look for another
 
 class _Kernel(multiprocessing.get_context('forkserver').Process):
     "What jupyter_client asks of a `Popen`."
