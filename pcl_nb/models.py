@@ -242,7 +242,7 @@ class _Probed(_Headed):
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         for name, n in seen.calls.items():
             require(n == 1, f'{name} is called {n} times in a forward pass; {ONCE}: '
-                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part that sees one image'))
+                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part that processes one image'))
         require(any(seen.averages), f'head {self._head!r} does not read the global average of '
             f'{self._path(self._last)}; name the module whose output is pooled')
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -415,7 +415,7 @@ class _Read(_Convolved):
 
 # %% ../nbs/04_models.ipynb #b4348e22
 class _OnePass:
-    "Hooks that take all readings of a stage from one pass."
+    "Hooks that record all readings of a stage in one pass."
     def __init__(self, model, stage, of):
         self.model, self.stage, self.of, self.found, self.output, self.calls = model, stage, of, {}, None, Counter()
         self.conv, self.nth_conv = model._conv(stage)
