@@ -24,13 +24,13 @@ from .base.weights import PUBLIC, _fill, _open, _prefix, public_state
 _PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel
 
 def unwrapped(
-    net   # a network, or what torch.compile or a parallel wrapper made of it
+    net   # a network, also compiled or in a parallel wrapper
 ):
-    "The network inside `torch.compile`'s and the parallel wrappers; `InputError` for a scripted one."
+    "The network without the wrappers of `torch.compile` and parallel training; `InputError` for a TorchScript module."
     def inner(net): return getattr(net, '_orig_mod', net.module if isinstance(net, _PARALLEL) else None)
     while inner(net) is not None: net = inner(net)
     require(not isinstance(net, torch.jit.ScriptModule), f'{type(net).__name__} is a TorchScript module, '
-        'whose stages cannot be observed; give the nn.Module it was made of')
+        'whose stages cannot be observed; give the original nn.Module')
     require(isinstance(net, nn.Module), f'{brief(net)} is not a network; give an nn.Module')
     return net
 
@@ -52,7 +52,7 @@ class _Reached(Exception):
 
 @contextlib.contextmanager
 def _hooked(*hooks):
-    "Context manager: (method, function) pairs are registered; they are removed afterwards, whatever happens."
+    "Context manager: registers hooks, given as (method, function) pairs; removes them on exit, also after an error."
     handles = [register(function) for register, function in hooks]
     try: yield
     finally:
@@ -62,7 +62,7 @@ def _hooked(*hooks):
 def _plain(t): return not t.is_inference() and (not t.is_floating_point() or t.dtype in (torch.float32, torch.float64))
 
 def _as_plain(t):
-    "A copy of a tensor, float32 at least, that autograd can use."
+    "A copy of a tensor, at least float32, that autograd can use."
     new = t.detach().to(torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else t.dtype, copy=True)
     return nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
 
@@ -147,11 +147,11 @@ class _Named(nn.Module):
 
 # %% ../nbs/04_models.ipynb #b4348de2
 class _Headed(_Named):
-    "Each stage with a linear head gives a class activation map."
+    "Linear heads of stages: a stage with a head has a class activation map."
     def stage_head(self,
         stage:str  # a name in `stages`
     ) -> nn.Linear:
-        "The linear layer that reads the pooled features of `stage`: its weights make the class activation map."
+        "The linear layer that reads the pooled features of `stage`: its weights define the class activation map."
         self._stage(stage)
         if stage == self._last: return self.head
         require(stage == 'stage3' and self.side_head is not None,
@@ -184,7 +184,7 @@ def _averages(features, given):
 
 # %% ../nbs/04_models.ipynb #f16e1457
 def _once(net, x):
-    "Names of the modules that give feature maps and are called once, in the order of their calls."
+    "Names of the modules that return feature maps and are called once, in the order of their calls."
     calls, maps = Counter(), {}
     def seen(name):
         def hook(module, args, output):
@@ -219,7 +219,7 @@ class _Pass:
         if args and end is not None: self.averages = _averages(end, args[0]), _averages(end.relu(), args[0])
 
     def run(self, x):
-        "The network's output."
+        "Run the network and return its output."
         net, hooks = self.model.net, [(self.model.head.register_forward_pre_hook, self.head)]
         hooks += [(m.register_forward_hook, self.relu(n)) for n, m in net.named_modules() if isinstance(m, nn.ReLU)]
         hooks += [(self.model._stage(s).register_forward_hook, self.stage(s)) for s in self.model.stages]
@@ -227,22 +227,22 @@ class _Pass:
 
 # %% ../nbs/04_models.ipynb #b4348df2
 class _Probed(_Headed):
-    "A network whose names were tested by a pass of a probe image."
+    "A network whose stages and head are checked by a pass of a probe image."
     def probe_image(self) -> Tensor:  # (1,C,H,W), the same each time
-        "An image of a size that the network takes, on its device."
+        "An image of a size that the network accepts, on its device."
         return placed(self.net, torch.rand(1, *self.input_shape, generator=torch.Generator().manual_seed(0)))
 
     def _size(self): return f'{self.input_shape[1]}x{self.input_shape[2]} px'
 
     def _probe(self):
-        "A pass of the probe image; `InputError` if stages and head are not what their names promise."
+        "A pass of the probe image; `InputError` if a stage, the head or the logits do not fit."
         seen, x = _Pass(self), self.probe_image()
         logits = seen.run(x)
         lost = [s for s in self.stages if s not in seen.channels]
         require(not lost, f"{', '.join(lost)} is not reached by a forward pass")
         for name, n in seen.calls.items():
             require(n == 1, f'{name} is called {n} times in a forward pass; {ONCE}: '
-                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part that sees one image'))
+                + (n > 1 and ', '.join(_once(self.net, x)[-5:]) or 'none is, wrap the part that processes one image'))
         require(any(seen.averages), f'head {self._head!r} does not read the global average of '
             f'{self._path(self._last)}; name the module whose output is pooled')
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -252,12 +252,12 @@ class _Probed(_Headed):
 
 # %% ../nbs/04_models.ipynb #b4348df3
 class _Sized(_Probed):
-    "A network with a size of image that it takes, and what the probe found at this size."
+    "A network with an image size that it accepts and the probe's findings at this size."
     def __init__(self, net, stages, head, name, size=None):
         super().__init__(net, stages, head, name)
         seen = self._probed(size)
         self.channels, self._last_relu = seen.channels, seen.last_relu
-        self._rectified = None if seen.averages[0] else self._last     # the stage whose last ReLU is no module
+        self._rectified = None if seen.averages[0] else self._last     # the stage whose last ReLU is not a module
 
     def _probed(self, size):
         "The probe's pass at `size`, or at the first of `PROBED` that works; `InputError` if none does."
@@ -269,18 +269,18 @@ class _Sized(_Probed):
                 self.input_shape = channels, *s
                 try: return self._probe()
                 except InputError as e: refused = refused or e
-                except Exception as e: failed = e           # of any kind: the network does not take this size
+                except Exception as e: failed = e           # any error: the network does not accept this size
         if refused: raise refused
         raise InputError(f"the network does not run on images of {', '.join(f'{h}x{w}' for h, w in sizes)} px "
-            f"({_line(failed)}); give size=..., the height and width that it takes") from None
+            f"({_line(failed)}); give size=..., the height and width that it accepts") from None
 
 # %% ../nbs/04_models.ipynb #b4348e01
-def _version(t): return None if t.is_inference() else t._version      # inference tensors do not count changes
+def _version(t): return None if t.is_inference() else t._version      # inference tensors have no version counter
 
 class _Hooks(_Sized):
     "Hooks of a pass that keeps feature maps."
     def stage_end(self, stage, features):
-        "Output of the stage's module, after a ReLU that is no module (torchvision's DenseNet)."
+        "Output of the stage's module, followed by a ReLU that is not a module (torchvision's DenseNet)."
         return features.relu() if stage == self._rectified else features
 
     def _keep(self, stage, found):
@@ -291,7 +291,7 @@ class _Hooks(_Sized):
         return hook
 
     def _compare(self, found, x):
-        "Before the head: it must read the average of the last stage at this size of image, too."
+        "Hook before the head: it must read the average of the last stage at this image size, too."
         def hook(module, args):
             if self.training or self._last not in found or not args or not len(x): return
             require(_averages(found[self._last][0][:1], args[0][:1]),
@@ -333,7 +333,7 @@ class _Unrectified(_Observed):
     def _skip_last_relu(self, stage):
         "Context manager: the last ReLU before the end of `stage` returns its input."
         self._stage(stage)
-        if stage == self._rectified: yield; return           # its last ReLU is no module: `stage_end` applies it
+        if stage == self._rectified: yield; return           # `stage_end` applies its last ReLU
         require(self._last_relu[stage], f'{stage} has no nn.ReLU before its end; relu=\'before\' needs one')
         name, nth = self._last_relu[stage]
         module, calls, forward = self.net.get_submodule(name), [0], self.net.get_submodule(name).forward
@@ -346,7 +346,7 @@ class _Unrectified(_Observed):
 
 # %% ../nbs/04_models.ipynb #6c02a7e1
 def _depths(end, counted):
-    "Node of autograd's graph that leads to `end` -> most nodes of `counted` on a way from the input up to it."
+    "Node of autograd's graph before `end` -> largest number of nodes of `counted` on a path from the input to it."
     depths, waiting = {}, [end]
     while waiting:
         before = [n for n, _ in waiting[-1].next_functions if n is not None]
@@ -369,8 +369,8 @@ def _traced(net, stage, x):
 
 # %% ../nbs/04_models.ipynb #55731b97
 def _deepest_convolution(net, stage, x):
-    """Name of a convolution and which of its calls: of those that lead to the end of a stage (a module) and give a map
-    of its size, the one with the most convolutions before it; None if there is none."""
+    """The convolution with the most convolutions before it, among those that lead to the end of a stage (a module) and
+    return a map of its size: its name and the number of its call; None if there is none."""
     end, made = _traced(net, stage, x)
     depths = _depths(end.grad_fn, made) if end.grad_fn else {}
     fits = [(depths[node], i, call) for i, (node, (call, size)) in enumerate(made.items())
@@ -381,17 +381,17 @@ def _deepest_convolution(net, stage, x):
 class _Convolved(_Unrectified):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._convolutions = {}                     # stage -> what `last_convolution` found
+        self._convolutions = {}                     # stage -> result of `_convolution`
 
     def last_convolution(self,
         stage:str  # a name in `stages`
-    ) -> tuple:  # its dotted name, and which of its calls in a forward pass: 1 for the first
+    ) -> tuple:  # its dotted name, and the number of its call in a forward pass, from 1
         "The deepest convolution before the end of a stage, with a map of its size; `InputError` if there is none."
         require(found := self._convolution(stage), f"{stage} has no nn.Conv2d before its end; relu='conv' needs one")
         return found
 
     def _convolution(self, stage):
-        "The same, or None; found once."
+        "Like `last_convolution`, but None if there is none; cached."
         if stage not in self._convolutions:
             self._convolutions[stage] = _deepest_convolution(self.net, self._stage(stage), self.probe_image())
         return self._convolutions[stage]
@@ -415,7 +415,7 @@ class _Read(_Convolved):
 
 # %% ../nbs/04_models.ipynb #b4348e22
 class _OnePass:
-    "Hooks that take all readings of a stage from one pass."
+    "Hooks that record all readings of a stage in one pass."
     def __init__(self, model, stage, of):
         self.model, self.stage, self.of, self.found, self.output, self.calls = model, stage, of, {}, None, Counter()
         self.conv, self.nth_conv = model._conv(stage)
@@ -450,7 +450,7 @@ class _Readings(_Read):
         x:Tensor,            # (B,3,H,W), normalised
         stage:str,           # a name in `stages`
         of                   # function of feature maps (B,K,h,w)
-    ) -> dict:  # reading, a name in `RELU` -> what `of` gives
+    ) -> dict:  # reading, a name in `RELU` -> result of `of`
         "`of(stage_features(x, stage, relu))` for each reading, by one forward pass if the stage ends with a ReLU."
         found = _OnePass(self, stage, of).run(x)
         return {r: found[r] if r in found else of(self.stage_features(x, stage, r)) for r in RELU}
@@ -460,7 +460,7 @@ def checked_stats(
     stats,           # mean, std
     channels:int=3
 ) -> tuple:
-    "Mean and standard deviation of each channel; `InputError` if they are none."
+    "Mean and standard deviation of each channel; `InputError` if they are not valid."
     try: mean, std = (tuple(map(float, s)) for s in stats)
     except (TypeError, ValueError): mean = std = ()
     require(len(mean) == len(std) == channels and np.isfinite(mean + std).all() and min(std) > 0,
@@ -477,22 +477,22 @@ class StagedClassifier(_Readings):
         head:str,           # dotted name of the `nn.Linear` after the global average pooling
         side:bool=False,    # add a linear classifier on the pooled features of 'stage3'
         name:str='custom',  # for messages and tables
-        size=None,          # pixels, or (H,W), that the network takes; None: the first of `PROBED` that it runs on
+        size=None,          # pixels, or (H,W), that the network accepts; None: the first of `PROBED` that works
         stats=None          # mean, std that its images are normalised with, in [0,1]; None: unknown
     ):
         super().__init__(net, stages, head, name, size)
         self.stats = stats if stats is None else checked_stats(stats, self.input_shape[0])
-        self.rebuild = None      # rebuild() gives the same network, initialised anew; None: unknown
+        self.rebuild = None      # rebuild() returns the same network, newly initialised; None: unknown
         if side:
             choose('stage3', self.stages, 'stage for the side head')
             self.side_head = nn.Linear(self.channels['stage3'], self.head.out_features)
 
 # %% ../nbs/04_models.ipynb #138a1fcc
 def staged(model):
-    "The model, without what parallel training wraps it in; `InputError` if it has no stages and heads."
+    "The model without compile and parallel wrappers; `InputError` if it is not a `StagedClassifier`."
     if isinstance(model, nn.Module): model = unwrapped(model)
     require(isinstance(model, StagedClassifier),
-        f'{type(model).__name__} is not a StagedClassifier; create_model makes one, wrap makes one of any CNN')
+        f'{type(model).__name__} is not a StagedClassifier; create it with create_model, or from any CNN with wrap')
     return model
 
 # %% ../nbs/04_models.ipynb #af994e50
@@ -521,7 +521,7 @@ class _ResNet(resnet.ResNet):
 
 # %% ../nbs/04_models.ipynb #54c1022c
 class _DenseNet(densenet.DenseNet):
-    "torchvision's, with the last ReLU inside `features`, so that it is part of the last stage."
+    "torchvision's DenseNet with the last ReLU inside `features`, so that it is part of the last stage."
     def __init__(self, num_classes, width, small_input):
         first = _scaled(64, width)
         super().__init__(_scaled(32, width, 8), (6, 12, 24, 16), first, num_classes=num_classes)
@@ -582,14 +582,14 @@ def _check(num_classes, weights, width, small_input, side):
 
 # %% ../nbs/04_models.ipynb #61a1ed2a
 def _new_head(model, num_classes):
-    "Heads for another number of classes, initialised anew."
+    "Replace the heads by newly initialised ones for another number of classes."
     owner, _, name = model._head.rpartition('.')
     for owner, name in (model.net.get_submodule(owner), name), (model, 'side_head'):
         if (old := getattr(owner, name)) is not None: setattr(owner, name, nn.Linear(old.in_features, num_classes))
 
 # %% ../nbs/04_models.ipynb #61a1ed29
 def _load(model, weights, num_classes):
-    "Fill a model with public weights, or with a file of its own state dict or of its network's."
+    "Load public weights, or a file with a state dict of the model or of its network."
     if weights in PUBLIC:
         _fill(model.net, public_state(weights, model.name), f'{weights} weights of {model.name}')
         if num_classes != model.num_classes: _new_head(model, num_classes)
@@ -628,10 +628,10 @@ def wrap(
     stages={'stage3': 'layer3', 'stage4': 'layer4'},        # stage name -> dotted module name; the last one is pooled
     head='fc',                                              # dotted name of the linear layer
     side:bool=False,                                        # add a side head at stage 3
-    size=None,                                              # pixels, or (H,W): images that it takes; None: by trying
+    size=None,                                              # pixels, or (H,W), that it accepts; None: by trying
     stats=None                                              # mean, std of its images' normalisation, in [0,1]
 ) -> StagedClassifier:
-    "The same interface for a network from elsewhere; the network itself is used, not a copy."
+    "A `StagedClassifier` of an existing network; the network itself is used, not a copy."
     module = unwrapped(module)
     return StagedClassifier(module, stages, head, side, type(module).__name__, size, stats)
 
