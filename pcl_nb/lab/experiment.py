@@ -38,7 +38,7 @@ from .results import markdown_table, measurements, record, save_result, save_tab
 
 # %% ../../nbs/lab/06_experiment.ipynb #c72cf135
 def one_of(
-    valid,     # the valid values
+    valid,     # values to choose from
     what:str,  # for the message
 ):
     "A check: the value is one of `valid`."
@@ -205,7 +205,7 @@ def check_parameters(
 
 # %% ../../nbs/lab/06_experiment.ipynb #d76ec29e
 def _check_profile(params, data):
-    "The profile that fits the data; `InputError` if it needs other data."
+    "The profile that fits the data; `InputError` if a parameter does not fit it."
     if params['profile'] == 'public':
         require(not is_drawn(params.get('scenes', '')),
             'profile public takes photographs: give scenes as folder:PATH, with val/CLASS/*, or places365:PATH')
@@ -227,7 +227,7 @@ def _read(data, params, sizes, splits):
 # %% ../../nbs/lab/06_experiment.ipynb #1b67610d
 def complete(
     params:dict,   # checked parameters: changed in place
-    **fill         # name -> value of -1, instead of the profile's
+    **fill         # name -> value that replaces -1, instead of the profile's
 ):  # `Profile` with the sizes of the experiment; None without a profile
     "Replace -1 by the profile's values; raise early what would fail later."
     for n in ('arch', 'archs'):
@@ -376,7 +376,7 @@ class _Parameters:
         self.say(f"profile {p.get('profile', 'none')}, device {self.device}, results in {self.folder.name}/")
 
     def fill(self):
-        "Name -> value of -1, if it is not the profile's."
+        "Name -> value that replaces -1, if it is not the profile's."
         return {}
 
     def say(self, text):
