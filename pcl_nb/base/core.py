@@ -38,7 +38,7 @@ def brief(
 # %% ../../nbs/base/00_core.ipynb #40fa74a0
 def choose(
     value,      # what the caller gave
-    valid,      # the valid values
+    valid,      # values to choose from
     what:str,   # what it is, for the message: 'architecture'
 ):
     "Return `value` if it is one of `valid`; raise `InputError` with all of them, and the nearest, if not."
