@@ -140,7 +140,7 @@ def _dask(name, workers):
             require(installed, f'worker {worker} has no pcl_nb; install it there, in the same version')
             _check_worker(worker, runs, sees, client.nthreads()[worker])
         with joblib.parallel_config('dask', client=client) as config:
-            config['backend'].effective_n_jobs = lambda n_jobs: 2       # 1: joblib would train in this process
+            config['backend'].effective_n_jobs = lambda n_jobs: 2       # with 1, joblib would train in this process
             yield workers or 'all', KilledWorker
 
 # %% ../../nbs/lab/02_sweep.ipynb #50f6b486
