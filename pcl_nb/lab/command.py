@@ -110,7 +110,7 @@ VALUES = {      # option -> default, form of a value, help
     'objects': (None, None, _data_help('object', 'concept_objects', 'imagenet')),
     'archs': ('', 'ARCH,...', "architectures (default: the paper's for each figure)"),
     'repeats': (None, 'N,ARCH:N,...', 'runs of each network (default: 3, of ResNet18 5; with --reduced 1); '
-        'the baseline has twice as many, if two or more'),
+        'for 2 or more, the baseline has twice as many'),
     'seed': (None, int, 'the first seed (default: 0)'),
     'epochs': (None, int, "epochs of training (default: the profile's)"),
     'workers': (0, int, 'networks trained, and notebooks run, at a time '
@@ -118,7 +118,7 @@ VALUES = {      # option -> default, form of a value, help
     'engine': ('local', None, f"where networks are trained: {', '.join(ENGINES)} (default: local)"),
     'device': (None, None, 'cpu, cuda, mps ... (default: the fastest of this machine)'),
     'out': (None, None, 'folder for the results (default: results/PROFILE)'),
-    'tflops': (None, float, 'for --dry-run: 10^12 operations a second where one network trains (default: '
+    'tflops': (None, float, 'for --dry-run: 10^12 operations a second of the core or GPU (default: '
         f"{TFLOPS['GPU']:g}, an A100, at profile paper; else {TFLOPS['core']:g}, one core)"),
     'against': (None, 'FOLDER', 'results to compare with (default: figures/PROFILE, which is committed)')}
 
