@@ -124,7 +124,7 @@ def derive_seed(
 def generator(
     *parts  # integers and strings: what the stream belongs to
 ) -> torch.Generator:  # on the CPU: the same numbers on every device
-    "A torch generator for `parts` alone."
+    "A torch generator that depends only on `parts`."
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 # %% ../../nbs/base/00_core.ipynb #a85ddc9c

@@ -290,7 +290,7 @@ def accuracies(
     workers:int=0,
     device=None,
     profile:str=''     # whose least top-1 applies
-) -> pd.DataFrame:  # a row a run: the key, data, epochs, top1, top5, learned, train_seconds
+) -> pd.DataFrame:  # one row per run: the key, data, epochs, top1, top5, learned, train_seconds
     "Train the missing runs; return the accuracies of each run on its validation images."
     train_all(recipes.values(), workers, device)
     found = {key: _accuracy(trained(r, device, progress=False)) for key, r in recipes.items()}
@@ -581,7 +581,7 @@ class Erf(Declared):
     stages = {'5': ['stage4'], '6': ['stage4'], '7': ['stage3', 'stage4'], '8': ['stage3'], '9': ['stage4']}
 
     def wanted(self):
-        "The figures that show one of the stages asked for."
+        "The figures that show a chosen stage."
         p = self.params
         found = [f for f in p.figures if set(self.stages[f]) & set(p.stages)]
         require(found, f"figures {', '.join(p.figures)} need other stages than {', '.join(p.stages)}; "

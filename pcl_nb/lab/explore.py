@@ -141,7 +141,7 @@ class Explorer(_Passed):
             return Erased(x, mask, model(x))
 
     def impact(self, key, source, stage='stage4') -> tuple:  # (H,W), raw; (bins,) counts
-        "Impact map of this image alone, and its histogram."
+        "Impact map of only this image, and its histogram."
         x = self.passed(key, source, stage)[0]
         impact = impact_map(self.network(key).model, x, stage=stage).float().cpu()
         return impact, impact_histogram(impact)

@@ -35,7 +35,7 @@ def _seen(recipe, data, images, val, seed):
 # %% ../../nbs/lab/04_measure.ipynb #cd2dcfc9
 def stored_coverage(
     recipe,                     # of the run
-    data:str,                   # whose validation images
+    data:str,                   # data set of the validation images
     images:int=0,               # how many, drawn at random; 0: all
     *,
     val:int=0,                  # validation images to draw from (concept data)
@@ -59,7 +59,7 @@ def stored_coverage(
 # %% ../../nbs/lab/04_measure.ipynb #f112b6e8
 def stored_replicates(
     recipe,                  # of the run
-    data:str,                # whose validation images the map is averaged over
+    data:str,                # data set of the validation images of the average
     images:int,              # how many, drawn at random; all if there are fewer
     *,
     val:int=0,               # validation images to draw from (concept data)
@@ -87,7 +87,7 @@ def stored_replicates(
 # %% ../../nbs/lab/04_measure.ipynb #3d1a624c
 def stored_coupling(
     recipe,                  # of the run
-    data:str,                # whose validation images
+    data:str,                # data set of the validation images
     images:int,              # how many, drawn at random; all if there are fewer
     *,
     val:int=0,               # validation images to draw from (concept data)
@@ -111,7 +111,7 @@ def stored_coupling(
 # %% ../../nbs/lab/04_measure.ipynb #d5f2f705
 def stored_activity(
     recipe,                  # of the run
-    data:str,                # whose validation images
+    data:str,                # data set of the validation images
     images:int,              # how many, drawn at random; all if there are fewer
     *,
     val:int=0,               # validation images to draw from (concept data)

@@ -148,7 +148,7 @@ def save_result(
     folder,           # destination folder
     name:str,         # file name without ending: 'fig6_resnet18'
     table,            # DataFrame of the plotted numbers
-    figure=None,      # matplotlib figure, or None for a table alone
+    figure=None,      # matplotlib figure, or None for only a table
     **provenance      # parameters, seeds, data fingerprints, seconds ...
 ):
     "Write `name`.csv, .json and, with a figure, .png and .svg; the JSON last: if it exists, all exist."

@@ -187,7 +187,7 @@ def load_run(
 
 # %% ../../nbs/lab/01_store.ipynb #ab33cee3
 def _stored(folder, recipe, model):
-    "The run in a folder; None where there is none. A damaged one is set aside."
+    "The run in a folder, or None. A damaged one is set aside."
     if not is_complete(folder): return None
     try: return load_run(folder, recipe, model)
     except BrokenRun as e:
