@@ -22,7 +22,7 @@ def shard(
 
 # %% ../../nbs/base/01_distributed.ipynb #aba392a6
 def _own_gpu(processes):
-    "The GPU of this process as a device name; nothing of this process uses the first GPU before."
+    "Select the GPU of this process, before it uses the first GPU; return the device name."
     gpus = torch.cuda.device_count()
     require(processes <= gpus, f'{processes} processes need a GPU each, this machine has {gpus}; '
         'give --nproc-per-node of at most that, or --device cpu')
@@ -34,8 +34,8 @@ def _own_gpu(processes):
 @contextlib.contextmanager
 def process_group(
     device=None  # name; None: the fastest of this machine
-):  # gives the device of this process
-    "Context manager: torchrun's processes are a group; without torchrun, this process alone."
+):  # yields the device of this process
+    "Context manager: the group of torchrun's processes; without torchrun, only this process."
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         yield usable_device(device)
         return
@@ -112,7 +112,7 @@ class _Joint(torch.autograd.Function):
 
 # %% ../../nbs/base/01_distributed.ipynb #56bc8ece
 def joint(
-    table:Tensor  # (b,C): the rows of this process; b is equal in all
+    table:Tensor  # (b,C): the rows of this process; b is equal in all processes
 ) -> Tensor:  # (B,C): the rows of all processes, in the order of the batch
     "The whole batch's table, with the gradient of the sum of all processes' losses. Collective."
     if shard()[1] == 1: return table

@@ -32,7 +32,7 @@ def _adapter(kind):
 _WORDS = {bool: 'true or false', str: 'a name', dict[str, object]: 'a dict with names as keys'}
 
 def _words(kind, error):
-    "What to give instead."
+    "A description of the valid values."
     if kind in _WORDS: return _WORDS[kind]
     doc = next((d.documentation for d in getattr(kind, '__metadata__', ()) if isinstance(d, Doc)), None)
     return doc or f"another value ({error.errors(include_url=False)[0]['msg']})"
@@ -43,7 +43,7 @@ def valid(
     kind,             # a type, a `Literal` or a kind such as `Rate`
     name:str          # of the setting, for the message
 ):
-    "The value; `InputError` naming what is valid if it is not of its kind."
+    "The value, if it is of the kind; else `InputError` with a description of what is valid."
     if get_origin(kind) is Literal:
         names = get_args(kind)
         return value if value in names else choose(value, filter(None, names), name)

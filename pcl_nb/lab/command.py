@@ -43,7 +43,7 @@ def _expected(stems):
 
 # %% ../../nbs/lab/10_command.ipynb #1b5d003b
 def _to_publish(folder):
-    "Name -> file of what would be committed; `InputError` unless it is complete and small."
+    "Name -> file of the results to commit; `InputError` if they are incomplete or too large."
     files = {n: p for n, p in _results_in(folder).items() if not n.startswith('explore_')}
     stems = {p.stem for p in files.values()}
     require(stems, f'{folder} holds no results; run pcl-reproduce first')
@@ -58,7 +58,7 @@ def _to_publish(folder):
 def publish(
     folder,   # of results
     to        # of committed ones
-) -> list:  # lines: what is new, changed and removed
+) -> list:  # lines: new, changed and removed files
     "Replace committed results by those of a folder."
     files, to = _to_publish(folder), Path(to)
     old = _results_in(to)
@@ -78,9 +78,9 @@ TFLOPS = {'core': .35, 'GPU': 40.}
 def estimate(
     recipes,               # of the runs
     unit:str,              # 'core' or 'GPU': what trains one run
-    tflops:float=0.        # what it does in a second, in 10^12 operations; 0: as in `TFLOPS`
-) -> pd.DataFrame:  # a row a run: state, run, hours; the hours rounded, so that they add up
-    "How long training takes, with `attrs['digits']` after the point; a stored run takes no time."
+    tflops:float=0.        # its speed, in 10^12 operations a second; 0: as in `TFLOPS`
+) -> pd.DataFrame:  # one row per run: state, run, hours; rounded, so that they add up
+    "Hours of training, with `attrs['digits']` decimals; a stored run takes no time."
     rate = 3600e12*(tflops or TFLOPS[choose(unit, TFLOPS, 'unit')])
     rows = [('stored', title(r), 0.) if is_trained(r) else ('train', title(r), cost(r)/rate) for r in recipes]
     found = pd.DataFrame(rows, columns=['state', 'run', 'hours'])
@@ -103,22 +103,22 @@ def _data_help(kind, drawn, paper):
     return f'{kind} data: {drawn}, {paper} or folder:PATH (default: {drawn}; at profile paper {paper})'
 
 # %% ../../nbs/lab/10_command.ipynb #6961991f
-VALUES = {      # option -> default, what a value looks like, help
-    'only': ('', 'FIG,...', 'these alone (default: all)'),
+VALUES = {      # option -> default, form of a value, help
+    'only': ('', 'FIG,...', 'only these figures and tables (default: all)'),
     'profile': ('embedded', None, f"sizes: {', '.join(PROFILES)} (default: embedded)"),
     'scenes': (None, None, _data_help('scene', 'concept_scenes', 'places365')),
     'objects': (None, None, _data_help('object', 'concept_objects', 'imagenet')),
     'archs': ('', 'ARCH,...', "architectures (default: the paper's for each figure)"),
     'repeats': (None, 'N,ARCH:N,...', 'runs of each network (default: 3, of ResNet18 5; with --reduced 1); '
-        'from two on, the baseline has twice as many'),
+        'for 2 or more, the baseline has twice as many'),
     'seed': (None, int, 'the first seed (default: 0)'),
-    'epochs': (None, int, "of training (default: the profile's)"),
+    'epochs': (None, int, "epochs of training (default: the profile's)"),
     'workers': (0, int, 'networks trained, and notebooks run, at a time '
-        '(default: one a core, on a GPU one, on a cluster all it has)'),
+        '(default: one per core, one on a GPU, all workers of a cluster)'),
     'engine': ('local', None, f"where networks are trained: {', '.join(ENGINES)} (default: local)"),
     'device': (None, None, 'cpu, cuda, mps ... (default: the fastest of this machine)'),
     'out': (None, None, 'folder for the results (default: results/PROFILE)'),
-    'tflops': (None, float, 'of --dry-run: 10^12 operations a second of what trains one network (default: '
+    'tflops': (None, float, 'for --dry-run: 10^12 operations a second of the core or GPU (default: '
         f"{TFLOPS['GPU']:g}, an A100, at profile paper; else {TFLOPS['core']:g}, one core)"),
     'against': (None, 'FOLDER', 'results to compare with (default: figures/PROFILE, which is committed)')}
 
@@ -126,13 +126,13 @@ VALUES = {      # option -> default, what a value looks like, help
 SWITCHES = {    # option -> help
     'reduced': 'a small matrix: Figures 1 to 9 and Table 1 for ResNet18, one run of each network, '
         'and the initialisation',
-    'dry-run': 'print what would be trained and run, with an estimate of the training time, and do nothing; '
+    'dry-run': 'only print what would be trained and run, with an estimate of the training time; '
         'needs no data at profile paper',
     'html': 'write report.html beside the results',
-    'compare': 'compare the results with the committed ones, and do nothing else; '
+    'compare': 'only compare the results with the committed ones; '
         'exit code 1 if a number is out of tolerance',
-    'publish': 'for maintainers: copy the results to figures/PROFILE, write the gallery, and do nothing else',
-    'gallery': 'write README.md beside the committed results, and do nothing else',
+    'publish': 'for maintainers: only copy the results to figures/PROFILE and write the gallery',
+    'gallery': 'only write README.md beside the committed results',
     'quiet': 'no progress bars'}
 
 # %% ../../nbs/lab/10_command.ipynb #3eea4349
@@ -144,7 +144,7 @@ def _parser():
     "The command line: `VALUES` and `SWITCHES`."
     p = argparse.ArgumentParser(prog='pcl-reproduce', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Regenerate figures and tables: train what is missing, run the notebooks, check their results. '
-            'Repeated after an interruption, it resumes.',
+            'The same command resumes after an interruption.',
         epilog=f'figures and tables: {_figure_names()}\n\nexamples:{EXAMPLES}')
     for name, (default, value, text) in VALUES.items():
         kind = dict(type=value) if value in (int, float) else dict(metavar=value)
@@ -162,7 +162,7 @@ def _write_gallery():
 
 def _publish(folder, to):
     lines = publish(folder, to)
-    print('\n'.join([*lines, f'{len(lines)} files changed in {to}' if lines else f'{to} holds these results already']))
+    print('\n'.join([*lines, f'{len(lines)} files changed in {to}' if lines else f'{to} already holds these results']))
     return _write_gallery()
 
 def _compare(folder, against):
@@ -184,13 +184,13 @@ def _print_plan(jobs, table, unit, tflops):
 
 # %% ../../nbs/lab/10_command.ipynb #e14c0051
 def _jobs(a, profile):
-    "The jobs that the command line asks for."
+    "The jobs of the command line."
     def listed(s): return s.replace(',', ' ').split()
     return plan(listed(a.only), profile, listed(a.archs), a.reduced, scenes=a.scenes, objects=a.objects, seed=a.seed,
         repeats=a.repeats, epochs=a.epochs, workers=a.workers or None, device=a.device, out=a.out)
 
 def _run(a, profile, folder, against):
-    "Plan, train, run the notebooks, compare."
+    "Plan, train, run the notebooks, write the report, compare."
     jobs, unit = _jobs(a, profile), 'GPU' if profile == 'paper' else 'core'
     with published_sizes() if a.dry_run else contextlib.nullcontext():
         table = estimate({r.key: r for j in jobs for r in recipes_of(j).values()}.values(), unit, a.tflops)
@@ -209,7 +209,7 @@ def _run(a, profile, folder, against):
 
 # %% ../../nbs/lab/10_command.ipynb #0ef68cb1
 def _do(a):
-    "What the command line asks for; its checks come first."
+    "Check the arguments, then do what they ask for."
     out_folder(a.out or '')
     require(a.tflops is None or 0 < a.tflops < math.inf, f'tflops {a.tflops!r} is not valid; give a number above 0')
     check_engine(a.engine)
@@ -225,7 +225,7 @@ def _do(a):
 # %% ../../nbs/lab/10_command.ipynb #5425d46c
 def main(
     argv=None  # default: the command line
-) -> int:  # exit code: 0 if everything that was asked for is done
+) -> int:  # exit code: 0 if everything is done
     "Reproduce from the command line."
     parser = _parser()
     a, again = parser.parse_args(argv), 'the same command resumes'

@@ -38,7 +38,7 @@ from .results import markdown_table, measurements, record, save_result, save_tab
 
 # %% ../../nbs/lab/06_experiment.ipynb #c72cf135
 def one_of(
-    valid,     # the values that exist
+    valid,     # values to choose from
     what:str,  # for the message
 ):
     "A check: the value is one of `valid`."
@@ -100,7 +100,7 @@ def list_of(
 def image_files(
     names  # image files and folders of images, separated by commas, or a list of them
 ) -> list:
-    "The files that are meant; `InputError` where there is none."
+    "The image files; `InputError` if there is none."
     found = []
     for name in map(text, items_of(names if isinstance(names, (list, tuple)) else text(names), blanks=False)):
         path = resolve(name)
@@ -205,7 +205,7 @@ def check_parameters(
 
 # %% ../../nbs/lab/06_experiment.ipynb #d76ec29e
 def _check_profile(params, data):
-    "The profile that fits the data; `InputError` where it needs others."
+    "The profile that fits the data; `InputError` if a parameter does not fit it."
     if params['profile'] == 'public':
         require(not is_drawn(params.get('scenes', '')),
             'profile public takes photographs: give scenes as folder:PATH, with val/CLASS/*, or places365:PATH')
@@ -219,7 +219,7 @@ def _check_profile(params, data):
 
 # %% ../../nbs/lab/06_experiment.ipynb #4947f949
 def _read(data, params, sizes, splits):
-    "Raise now what is wrong with an image of a folder."
+    "Raise early if an image of a folder cannot be read."
     for name in data:
         for split in splits:
             if name.startswith('folder:'): load(name, split, params['size'], getattr(sizes, split))
@@ -227,9 +227,9 @@ def _read(data, params, sizes, splits):
 # %% ../../nbs/lab/06_experiment.ipynb #1b67610d
 def complete(
     params:dict,   # checked parameters: changed in place
-    **fill         # name -> what -1 stands for, before the profile's value
+    **fill         # name -> value that replaces -1, instead of the profile's
 ):  # `Profile` with the sizes of the experiment; None without a profile
-    "Replace -1 by the profile's values; raise now what would fail later."
+    "Replace -1 by the profile's values; raise early what would fail later."
     for n in ('arch', 'archs'):
         if isinstance(params.get(n), list): params[n] = sorted(set(params[n]), key=ARCHS.index)
     if 'profile' not in params: return None
@@ -239,13 +239,13 @@ def complete(
     for name in data: check_data(name, trains=not public)
     for n, value in {**{n: getattr(sizes, n) for n in ('images', 'size', 'bootstrap')}, **fill}.items():
         if params.get(n) == -1: params[n] = value
-    if data and all(map(is_drawn, data)) and is_whole(params.get('images')):     # drawn images have no end
+    if data and all(map(is_drawn, data)) and is_whole(params.get('images')):     # any number can be drawn
         sizes = replace(sizes, val=max(sizes.val, params['images']))
     _read(data, params, sizes, ('val',) if public else ('train', 'val'))
     return sizes
 
 # %% ../../nbs/lab/06_experiment.ipynb #d17e6975
-OBJECT_EPOCHS = {'embedded': 2}      # profile -> times as many epochs on objects, which take longer to learn
+OBJECT_EPOCHS = {'embedded': 2}      # profile -> factor of the epochs on objects, which need more
 
 AS_PUBLISHED = dict(init='initial', objects='imagenet', scenes='places365')     # at profile public
 
@@ -261,8 +261,8 @@ def _epochs(network, params, recipe):
 def recipe_of(
     network:str,   # 'init', 'objects', 'scenes', or a method
     arch:str,
-    params:dict,   # profile, size, scenes; where given objects, epochs, scheme, init, seed, pcl
-    **changes      # fields of the recipe, before all else
+    params:dict,   # profile, size, scenes; optionally objects, epochs, scheme, init, seed, pcl
+    **changes      # fields of the recipe, replacing all else
 ) -> Recipe:
     "The recipe of a network by its short name."
     method = 'baseline' if network in ('init', 'objects', 'scenes') else choose(network, METHODS, 'network')
@@ -285,13 +285,13 @@ def _accuracy(fitted):
 
 # %% ../../nbs/lab/06_experiment.ipynb #ad307d50
 def accuracies(
-    recipes:dict,      # key -> recipe; a tuple as key gives several columns
-    columns,           # names of the key's parts
+    recipes:dict,      # key -> recipe; each key is a tuple, one part per column
+    columns,           # names of the parts of a key
     workers:int=0,
     device=None,
-    profile:str=''     # whose least top-1 holds
-) -> pd.DataFrame:  # a row a run: the key, data, epochs, top1, top5, learned, train_seconds
-    "Train what is missing; the accuracies of each run on its validation images."
+    profile:str=''     # whose least top-1 applies
+) -> pd.DataFrame:  # one row per run: the key, data, epochs, top1, top5, learned, train_seconds
+    "Train the missing runs; return the accuracies of each run on its validation images."
     train_all(recipes.values(), workers, device)
     found = {key: _accuracy(trained(r, device, progress=False)) for key, r in recipes.items()}
     known, rows, poor = [(r, found[key]['top1']) for key, r in recipes.items()], [], []
@@ -325,7 +325,7 @@ def settings_text_of(
 def data_name(
     data:str  # name of a data set
 ) -> str:  # as in the table of measurements: a folder's last part
-    "A data set in a word, the same on every machine."
+    "A short name of a data set, the same on every machine."
     return data.rstrip('/').split('/')[-1].split(':')[-1]
 
 # %% ../../nbs/lab/06_experiment.ipynb #6c97dbc7
@@ -333,7 +333,7 @@ def row_of(
     recipe:Recipe,     # of the run
     network:str,       # short name
     settings:str='',   # as of `settings_text_of`
-    learned=True       # the network has
+    learned=True       # whether the network has learned
 ) -> dict:  # without quantity, value and images
     "The columns of a measurement that identify the run."
     return dict(arch=recipe.arch, network=network, scheme=recipe.scheme, data=data_name(recipe.data), seed=recipe.seed,
@@ -364,7 +364,7 @@ class _Parameters:
         names:dict,       # its globals()
         defaults:dict={}, # parameters of measuring -> default, as in `settings_text_of`
         quiet=False,      # print nothing
-        **own             # name -> check of a parameter, where it is not the one in `CHECKS`
+        **own             # name -> check of a parameter, if it is not the one in `CHECKS`
     ):
         self.name, self.defaults, self.quiet, self.started = name, defaults, quiet, time.perf_counter()
         declared = parameters_of(name)
@@ -376,7 +376,7 @@ class _Parameters:
         self.say(f"profile {p.get('profile', 'none')}, device {self.device}, results in {self.folder.name}/")
 
     def fill(self):
-        "Name -> what -1 stands for, where it is not the profile's value."
+        "Name -> value that replaces -1, if it is not the profile's."
         return {}
 
     def say(self, text):
@@ -390,7 +390,7 @@ class _Plan(_Parameters):
     planned, learned = {}, {}      # key -> recipe; key -> has the network learned?
 
     def plan(self, recipes):
-        "Take key -> recipe as the runs of the experiment; print what is to be trained. Trains nothing."
+        "Set the runs of the experiment (key -> recipe); print the missing ones. Trains nothing."
         for r in recipes.values():
             if not _published(r): self.say(f'{r.arch}: no public {r.weights} weights; left out')
         self.planned = {k: r for k, r in recipes.items() if _published(r)}
@@ -427,7 +427,7 @@ class _Networks(_Plan):
 # %% ../../nbs/lab/06_experiment.ipynb #e1510181
 class _Measured(_Networks):
     def measure(self, measurement, key, *args, network=None, **changes):
-        "A function of the chapter `measure`, on a run; `changes` are parameters."
+        "Call a function of the chapter `measure` on a run; `changes` replace parameters."
         return measurement(self.planned[key], network or key[1], self.params, self.sizes, *args, device=self.device,
             **changes)
 
@@ -474,20 +474,20 @@ class _Provenance(_Measured):
 # %% ../../nbs/lab/06_experiment.ipynb #0c89f564
 class _Saved(_Provenance):
     def record(self, rows):
-        "Put measurements into the table of the profile, with provenance; the whole table."
+        "Add measurements to the table of the profile, with provenance; return the whole table."
         archs = self.params.get('arch') or self.params.get('archs', [])
         by = f"{self.name} {archs if isinstance(archs, str) else ' '.join(archs)}"
         return record(self.folder, rows, by, **self.provenance())
 
     def save(self, name, table, picture=None, runs=None, **about):
-        "Save numbers and, if there is one, a figure, with provenance; `about` adds to it."
+        "Save numbers and an optional figure, with provenance; `about` adds to it."
         save_result(self.folder, name, table, picture, **{**self.provenance(runs), **about})
 
 # %% ../../nbs/lab/06_experiment.ipynb #c89f0ae2
 class Experiment(_Saved):
     "An experiment: parameters, networks, measurements, results with provenance, verdicts."
     def figure(self, name, plot, table, *args, numbers=None, runs=None, **about):
-        "Draw `plot(table, *args)`, save it with its numbers, show it."
+        "Draw `plot(table, *args)`, save it with its numbers, display it."
         import matplotlib.pyplot as plt
         from IPython.display import Image, display
         self.save(name, table if numbers is None else numbers, plot(table, *args), runs, **about)
@@ -495,7 +495,7 @@ class Experiment(_Saved):
         display(Image(filename=self.folder/f'{name}.png'))
 
     def table(self, name, table, readable, **about):
-        "Save a table and its readable form; return that form to be shown."
+        "Save a table and its readable form; return that form for display."
         from IPython.display import Markdown
         save_table(self.folder, name, table, readable, **{**self.provenance(), **about})
         return Markdown(markdown_table(readable))
@@ -510,7 +510,7 @@ class Declared(Experiment):
     "An experiment whose runs are known without its notebook."
     name = ''        # of the notebook
     defaults = {}    # parameters of measuring -> default, as in `settings_text_of`
-    own = {}         # name -> check of a parameter, where it is not the one in `CHECKS`
+    own = {}         # name -> check of a parameter, if it is not the one in `CHECKS`
 
     def __init__(self,
         names:dict,   # the notebook's globals()
@@ -518,7 +518,7 @@ class Declared(Experiment):
     ): super().__init__(self.name, names, self.defaults, quiet, **self.own)
 
     def runs(self):
-        "Key -> recipe of all runs; none where nothing is trained."
+        "Key -> recipe of all runs; empty if nothing is trained."
         return {}
 
     def needs(self):
@@ -537,7 +537,7 @@ class FocusArea(Declared):
         return self.figures if 'all' in self.params.figure else self.params.figure
 
     def archs_of(self, figure):
-        "The architectures of a figure: all, the ResNets, or ResNet18 and else the first."
+        "The architectures of a figure: all, the ResNets, or one (ResNet18 if it is among them, else the first)."
         archs = self.params.archs
         if figure == '2': return archs
         if figure == '3': return [a for a in archs if a.startswith('resnet')]
@@ -562,7 +562,7 @@ class Qualitative(Declared):
     name, defaults, own = 'qualitative', FOCUS_DEFAULTS, dict(images=image_files, groups=integer(1, 12))
 
     def bases(self):
-        "The seeds of the baseline: two at least."
+        "The seeds of the baseline: at least two."
         p = self.params
         return range(p.seed, p.seed + max(len(self.seeds(p.arch, 'scenes')), 2))
 
@@ -581,7 +581,7 @@ class Erf(Declared):
     stages = {'5': ['stage4'], '6': ['stage4'], '7': ['stage3', 'stage4'], '8': ['stage3'], '9': ['stage4']}
 
     def wanted(self):
-        "The figures that show one of the stages asked for."
+        "The figures that show a chosen stage."
         p = self.params
         found = [f for f in p.figures if set(self.stages[f]) & set(p.stages)]
         require(found, f"figures {', '.join(p.figures)} need other stages than {', '.join(p.stages)}; "
@@ -589,7 +589,7 @@ class Erf(Declared):
         return found
 
     def stages_of(self):
-        "Network -> the stages that it is measured at."
+        "Network -> its measured stages."
         def shows(f, n, s): return n in self.shown[f].split() and s in self.stages[f]
         wanted = self.wanted()
         return {n: [s for s in self.params.stages if any(shows(f, n, s) for f in wanted)] for n in NETWORKS}
@@ -598,7 +598,7 @@ class Erf(Declared):
 
 # %% ../../nbs/lab/06_experiment.ipynb #87939c99
 class ReluActivity(Declared):
-    "Appendix D.3; `coupled` images have a gradient with batch statistics, too."
+    "Appendix D.3; `coupled` images also have a gradient with batch statistics."
     name, defaults, own = 'relu_activity', dict(ERF_DEFAULTS, coupled=96), dict(coupled=integer(2, 1024))
 
     def runs(self): return self.every(self.params.archs, ['init', 'objects', 'scenes', 'pcl', 'pcl_s4'])
@@ -616,7 +616,7 @@ class Initialisation(Declared):
 
 # %% ../../nbs/lab/06_experiment.ipynb #0043ebd7
 def _without_target(given):
-    "A check: settings of PCL that leave the target open."
+    "A check: settings of PCL without a target."
     found = pairs(given)
     require('target' not in found, 'the target is what is compared here; leave it out')
     return found
@@ -640,7 +640,7 @@ APPENDIX = ('baseline,has,acol,adl,adl:official,adl:stage=stage3+stage4,'       
     'amloss,amloss:weight=0.5,amloss:weight=2,pcl')
 
 def _variants(given):
-    "A check: configurations of methods, in their one spelling."
+    "A check: configurations of methods, in canonical form."
     return list_of(lambda name: variant(name)[0])(APPENDIX if given == 'appendix' else given)
 
 # %% ../../nbs/lab/06_experiment.ipynb #cacc89fb
@@ -654,7 +654,7 @@ class ErasingMethods(Declared):
         return list(dict.fromkeys('scenes' if n == 'baseline' else n for n in ['baseline', *self.params.compare]))
 
     def options(self, name):
-        "The settings of a network's method; the parameter `pcl` is of PCL and its parts."
+        "The settings of a network's method; the parameter `pcl` applies to PCL and its parts."
         _, method, own = variant('baseline' if name == 'scenes' else name)
         return {**self.params.pcl, **own} if method in ('ipc', 'cpc', 'pcl', 'pcl_s4') else own
 
@@ -715,13 +715,13 @@ _CHANGES = dict(pcl='pcl', acol='acol', gamma='complex', init_statistics='init')
 
 # %% ../../nbs/lab/06_experiment.ipynb #8daed009
 def _jobs_of(claim):
-    "(network, quantity): what the claim compares, and the accuracies; with focus on objects that on scenes."
+    "(network, quantity) that the claim compares, with accuracies; focus on objects also needs focus on scenes."
     quantity, names = CLAIM_NEEDS[claim]
     for n in names.split():
         yield from ((n, q) for q in [quantity, *['top1']*(n != 'init'), *['focus']*(quantity == 'focus on objects')])
 
 def _changed_in(network, change):
-    "What an alternative changes in a network."
+    "The settings of a network that an alternative changes."
     return change if _CHANGES.get(next(iter(change), ''), network) == network else {}
 
 # %% ../../nbs/lab/06_experiment.ipynb #20ee5a77
@@ -731,20 +731,20 @@ class OpenChoices(Declared):
     own = dict(choices=list_of(one_of(CHOICES, 'open choice')))
 
     def alternatives(self):
-        "(choice, label, what is changed) of the choices asked for."
+        "(choice, label, changed settings) of the chosen choices."
         return [(c, *item) for c in CHOICES if c in self.params.choices for item in CHOICES[c][2].items()]
 
     def seeds(self, arch, network): return super().seeds(arch, 'scenes' if network == 'complex' else network)
 
     def changed(self, network, change, seed):
-        "The recipe of a network with what is changed in it."
+        "The recipe of a network with its changed settings."
         given = {k: v for k, v in change.items() if k in ('init', 'gamma')}
         if network in ('pcl', 'acol') and network in change: given['options'] = change[network]
         if network == 'complex': network, given['scheme'] = 'scenes', 'complex'
         return self.recipe(network, self.params.arch, seed=seed, **given)
 
     def jobs(self):
-        "(network, settings, quantity) -> what is changed."
+        "(network, settings, quantity) -> changed settings."
         found = ((n, q, _changed_in(n, change)) for c, _, change in self.alternatives()
             for claim in CHOICES[c][1].split() for n, q in _jobs_of(claim))
         return {(n, self.text(**mine), q): mine for n, q, mine in found}
@@ -755,7 +755,7 @@ class OpenChoices(Declared):
 
 # %% ../../nbs/lab/06_experiment.ipynb #bce9a67f
 class Calibration(Declared):
-    "Runs of one baseline, called by other names."
+    "Runs of one baseline, under the names of other networks."
     name, defaults = 'calibration', ERF_DEFAULTS
     own = dict(networks=integer(6, 100), splits=integer(10, 100_000))
 
@@ -765,7 +765,7 @@ class Calibration(Declared):
             for s in range(p.seed, p.seed + p.networks)}
 
 class Claims(Declared):
-    "All that was measured is judged: there is no run."
+    "Verdicts on all measurements: there is no run."
     name = 'claims'
 
 EXPERIMENTS = {e.name: e for e in (Calibration, Claims, ErasingMethods, Erf, FocusArea, Initialisation, OpenChoices,

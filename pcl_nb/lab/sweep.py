@@ -31,9 +31,9 @@ class RunsFailed(RuntimeError):
 
 def title(
     recipe:Recipe,
-    between:str=''   # what stands between the words; '': they stand in columns
+    between:str=''   # separator of the words; '': aligned columns
 ) -> str:
-    "A run in words."
+    "A description of a run."
     r = recipe
     words = f"{r.arch:20} {r.method:9} {r.scheme:8} seed {r.seed}  {r.data}  {r.options or ''}".rstrip()
     return between.join(words.split()) if between else words
@@ -42,20 +42,20 @@ def title(
 def _check_worker(worker, runs, sees, threads):
     require(sees, f'worker {worker} cannot see {runs}; '
         'set PCL_NB_RUNS to a folder on a file system that all workers share')
-    require(threads == 1, f"worker {worker} has {threads} threads, but seeds are the process's; "
-        'start workers with --nthreads 1, as many as are to train at a time')
+    require(threads == 1, f"worker {worker} has {threads} threads, but seeds belong to a process; "
+        'start workers with --nthreads 1, one for each run to train at a time')
 
 # %% ../../nbs/lab/02_sweep.ipynb #50c82314
 _MALLOPT = {-3: 2**30, -1: 2**31 - 1}       # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
 
 def _keep_memory():
-    "Let this process keep what it frees."
+    "Keep the memory that this process frees."
     with contextlib.suppress(AttributeError, OSError, TypeError):          # another C library
         for option, value in _MALLOPT.items(): ctypes.CDLL(None).mallopt(option, value)
 
 # %% ../../nbs/lab/02_sweep.ipynb #593d4bf4
 def _told(note, parent):
-    "A progress function for `fit`: writes once a second; ends a process whose parent has died."
+    "A progress function for `fit`: writes once a second; ends the process if its parent has died."
     last = 0.
     def tell(done, total):
         nonlocal last
@@ -66,7 +66,7 @@ def _told(note, parent):
     return tell
 
 def _train_one(recipe, folder, device, parent=0):
-    "In a worker: train a run and load nothing back; its key, and its error as one line or ''."
+    "In a worker: train a run; return its key, and its error as one line or ''."
     threads = 1
     if parent not in (0, os.getpid()): _keep_memory()         # not where joblib trains in the calling process
     with contextlib.suppress(KeyError, ValueError):           # in a worker of Dask
@@ -100,7 +100,7 @@ def check_engine(
 @contextlib.contextmanager
 def pool(
     workers:int  # processes
-):  # yields how many tasks to hand out at a time, what is raised when a worker dies
+):  # yields tasks to dispatch at a time, exception raised when a worker dies
     "Context manager: joblib's tasks run in processes on this machine that share its cores."
     done = False
     try:
@@ -131,7 +131,7 @@ def _client(name):
 # %% ../../nbs/lab/02_sweep.ipynb #7cb2fa2c
 @contextlib.contextmanager
 def _dask(name, workers):
-    "The same as `pool` on a Dask cluster, once each of its workers has been checked."
+    "As `pool`, on a Dask cluster; checks each worker first."
     from dask.distributed import KilledWorker
     runs = runs_dir().resolve()
     with _client(name) as client, tempfile.NamedTemporaryFile(dir=runs, prefix='.seen') as mark:
@@ -140,7 +140,7 @@ def _dask(name, workers):
             require(installed, f'worker {worker} has no pcl_nb; install it there, in the same version')
             _check_worker(worker, runs, sees, client.nthreads()[worker])
         with joblib.parallel_config('dask', client=client) as config:
-            config['backend'].effective_n_jobs = lambda n_jobs: 2       # of one, joblib would train here, not there
+            config['backend'].effective_n_jobs = lambda n_jobs: 2       # with 1, joblib would train in this process
             yield workers or 'all', KilledWorker
 
 # %% ../../nbs/lab/02_sweep.ipynb #50f6b486
@@ -152,35 +152,35 @@ def _anywhere(recipe):
 
 # %% ../../nbs/lab/02_sweep.ipynb #0f09fe42
 class Pace:
-    "How long the rest takes, at the pace since the work began to grow."
+    "The time left, at the pace since the first progress."
     def __init__(self): self.since = None
 
     def __call__(self,
         now:float,         # seconds
         share:float,       # done, in [0,1]
-        had:float=0.,      # of it, what was done before: checkpoints that runs resume from
-        least:float=.005   # growth from which the pace is known
+        had:float=0.,      # share done before: checkpoints that runs resume from
+        least:float=.005   # progress needed for an estimate
     ):  # seconds; None: too early to say
         done = share - had
-        if self.since is None or done <= self.since[1]: self.since = now, done       # while it loads
+        if self.since is None or done <= self.since[1]: self.since = now, done       # data is loading
         start, before = self.since
         return (now - start)*(1 - share)/(done - before) if done - before >= least else None
 
 # %% ../../nbs/lab/02_sweep.ipynb #1e6456c9
 class _Watch:
-    "How far a sweep is, by the cost of its runs."
+    "The progress of a sweep, weighted by the cost of its runs."
     def __init__(self, missing, failed):
         self.costs, self.failed = {k: max(cost(r), 1e-9) for k, r in missing.items()}, failed
         self.folders = {k: run_folder(k).resolve() for k in missing}
         self.shares, self.had, self.left = dict.fromkeys(missing, 0.), {}, Pace()
 
     def look(self, now):
-        "Share that is done; seconds left, or None."
+        "The share done; seconds left, or None."
         for k, folder in self.folders.items():
             if (share := progress_of(folder)) is not None:
                 self.shares[k] = share
-                self.had.setdefault(k, share if share < 1 else 0)          # what it resumed from
-            if k in self.failed: self.shares[k] = 1                        # nothing more to come
+                self.had.setdefault(k, share if share < 1 else 0)          # what it resumes from
+            if k in self.failed: self.shares[k] = 1                        # it has ended
         total = sum(self.costs.values())
         done, before = (sum(self.costs[k]*s for k, s in of.items())/total for of in (self.shares, self.had))
         return done, self.left(now, done, before)
@@ -192,7 +192,7 @@ class _Watch:
 # %% ../../nbs/lab/02_sweep.ipynb #ffd99920
 @contextlib.contextmanager
 def _bar(watch, desc, progress):
-    "Context manager: a bar that shows how far a sweep is."
+    "Context manager: a bar with the progress of a sweep."
     bar = Progress(total=100, desc=desc, unit='%', disable=not progress, mininterval=1, maxinterval=5,
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}')
     stop = threading.Event()
@@ -209,7 +209,7 @@ def _bar(watch, desc, progress):
         bar.set_postfix_str(watch.count()); bar.close()
 
 # %% ../../nbs/lab/02_sweep.ipynb #b3794cd5
-LIVES = 3       # workers that may die in a row before a run is finished
+LIVES = 3       # deaths of workers in a row, without a run finished, that end a sweep
 
 # %% ../../nbs/lab/02_sweep.ipynb #94f8f9ea
 def _train(missing, folders, failed, at_once, died, device, parent):
@@ -226,17 +226,17 @@ def _train(missing, folders, failed, at_once, died, device, parent):
         except died: deaths += 1
     for k in todo:
         failed[k] = (f"{title(missing[k], ' ')}: its worker died, {LIVES} times in a row; "
-            'out of memory, perhaps: try fewer workers')
+            'perhaps out of memory: try fewer workers')
 
 # %% ../../nbs/lab/02_sweep.ipynb #df24ed0b
 def train_all(
-    recipes,          # which runs; repeated ones count once
-    workers:int=0,    # processes; 0: one a core, on a GPU one, on a cluster all it has
+    recipes,          # of the runs; duplicates count once
+    workers:int=0,    # processes; 0: one per core, one on a GPU, all workers of a cluster
     device=None,      # default: the fastest of each worker's machine
     progress=True,    # show one bar for all
     engine:str=''     # where the workers run, as in `ENGINES`; '': local
-) -> int:  # how many had to be trained
-    "Train every recipe whose run is not stored, in parallel; `RunsFailed` if some cannot be trained."
+) -> int:  # number of runs trained
+    "Train every recipe whose run is not stored, in parallel; `RunsFailed` if any fails."
     valid(workers, Count, 'workers')
     here, failed = check_engine(engine) in ('', 'local'), {}
     missing = {r.check().key: r for r in recipes if not is_trained(r)}
