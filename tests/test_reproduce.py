@@ -163,6 +163,16 @@ def compared(here, there):
     return {line.strip().split('  ')[0]: line for line in text.splitlines()}, text.splitlines()[-1], same
 
 
+def test_differences_in_two_tables_of_a_figure(tmp_path):
+    "The largest of all tables is named, with its table and row."
+    for folder, by in ((tmp_path/'here', .01), (tmp_path/'there', 0.)):
+        for name, far in (('fig1', 2*by), ('fig1_distances', by)):
+            table = pd.DataFrame([dict(arch='resnet18', bin=b, share=.1*b + far) for b in range(1, 4)])
+            results.save_result(folder, name, table, parameters={})
+    text, same = reproduce.comparison(tmp_path/'here', tmp_path/'there')
+    assert re.search(r'6 of 6 numbers within tolerance; largest difference: share .*\(fig1: ', text) and same
+
+
 def test_equal_folders_are_identical(tmp_path):
     "Each figure says so, and the last line counts every number."
     lines, last, same = compared(saved(tmp_path/'a'), saved(tmp_path/'b'))

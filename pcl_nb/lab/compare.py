@@ -174,7 +174,7 @@ def _largest(c):
 
 def _figure_row(figure, tables):
     "One line of a comparison: the numbers of all tables of a figure."
-    cells, notes = pd.concat([c for c, _ in tables]), [w for _, n in tables for w in n]
+    cells, notes = pd.concat([c for c, _ in tables], ignore_index=True), [w for _, n in tables for w in n]
     row = dict(figure=figure, numbers=0, within=0, missing=0, alone=0, equal=True, largest='',
         notes='; '.join(dict.fromkeys(notes)))
     if not len(cells): return row
@@ -198,7 +198,7 @@ def compare_figures(
         by.setdefault(id, []).append(_compared(name, folder, against, figures.get(id, {}).get('untrained', False)))
     order = [MEASUREMENTS, *figures]
     ids = sorted(by, key=lambda i: (order.index(i) if i in order else len(order), i))
-    return pd.DataFrame([_figure_row(i, [(c.reset_index(drop=True), n) for c, n in by[i]]) for i in ids])
+    return pd.DataFrame([_figure_row(i, by[i]) for i in ids])
 
 # %% ../../nbs/lab/08_compare.ipynb #e14c0031
 def _span(measured, arch):
