@@ -163,6 +163,17 @@ def compared(here, there):
     return {line.strip().split('  ')[0]: line for line in text.splitlines()}, text.splitlines()[-1], same
 
 
+@pytest.mark.parametrize('here, there, why', [(1, 3, '1 to 2 runs here, 3 runs there'), (3, 1, '3 runs here, 1 to 2 runs there')])
+def test_a_verdict_of_more_runs_says_so(tmp_path, here, there, why):
+    "More runs on either side are the reason, not other numbers."
+    folders = tmp_path/'here', tmp_path/'there'
+    for folder, seeds in zip(folders, (here, there)):
+        rows = measured(3)
+        results.record(folder, [r for r in rows if r['seed'] < (max(2, seeds) if r['network'] == 'scenes' else seeds)], 'focus_area')
+    found = reproduce.compare_verdicts(*map(results.measurements, folders))
+    assert list(found.why) == [why]*len(found) and 'C3' in set(found.claim)
+
+
 def test_differences_in_two_tables_of_a_figure(tmp_path):
     "The largest of all tables is named, with its table and row."
     for folder, by in ((tmp_path/'here', .01), (tmp_path/'there', 0.)):

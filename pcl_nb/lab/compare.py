@@ -230,12 +230,12 @@ def compare_verdicts(
     there:pd.DataFrame
 ) -> pd.DataFrame:  # arch, claim, here, there, why: one row per differing verdict; attrs['same']: number of equal ones
     "The verdicts that differ between the two sides, and why."
-    part = there[_keys(there).isin(_keys(here))]
-    mine, theirs, same_runs, learned = _by_claim(here), _by_claim(there), _by_claim(part), _learned(here, there)
+    mine, theirs, learned = _by_claim(here), _by_claim(there), _learned(here, there)
+    of_both = [_by_claim(a[_keys(a).isin(_keys(b))]) for a, b in ((here, there), (there, here))]     # the runs of both
     rows = []
     for arch, claim in (k for k in theirs if k in mine and mine[k] != theirs[k]):
         why = f'{_span(here, arch)} here, {_span(there, arch)} there'
-        if same_runs.get((arch, claim)) != mine[arch, claim]:
+        if of_both[0].get((arch, claim)) != of_both[1].get((arch, claim)):
             why = '; '.join(['other numbers of the same runs', *(w for a, w in learned if arch in (a, 'all'))])
         rows.append(dict(arch=arch, claim=claim, here=mine[arch, claim], there=theirs[arch, claim], why=why))
     found = pd.DataFrame(rows, columns=['arch', 'claim', 'here', 'there', 'why'])
