@@ -166,18 +166,19 @@ def _pooled(probe, head):
         if given.shape == means[i].shape[:2] and _averages(means[i], given))
     return next(found, None)
 
-# %% ../nbs/17_networks.ipynb #a386de15
+# %% ../nbs/17_networks.ipynb #21e79a77
+def _near(a, b): return b is not None and all(max(i, j) < 1.3*min(i, j) for i, j in zip(a, b))
+
 def _segments(layers, path, module, before):
     "Layers of one resolution each, in order: modules are opened while several resolutions are inside."
-    inside = [n for n in layers if n == path or n.startswith(path + '.')] if path else list(layers)
-    sizes = dict.fromkeys(layers[n].size for n in inside)
-    if path in layers and len([s for s in sizes if s != before]) <= 1:
+    sizes = [l.size for n, l in layers.items() if f'{n}.'.startswith(f'{path}.') and not _near(l.size, before)]
+    if path in layers and all(_near(s, sizes[-1]) for s in sizes):
         if not isinstance(module, nn.AdaptiveAvgPool2d): yield layers[path]
         return
-    children = [(f'{path}.{n}'.lstrip('.'), m) for n, m in module.named_children()]
-    first = {c: next((i for i, n in enumerate(layers) if n == c or n.startswith(c + '.')), None) for c, _ in children}
-    for c, m in sorted((p for p in children if first[p[0]] is not None), key=lambda p: first[p[0]]):
-        for layer in _segments(layers, c, m, before): before = layer.size; yield layer
+    children = {f'{path}.{n}'.lstrip('.'): m for n, m in module.named_children()}
+    first = {c: i for c in children for i, n in reversed([*enumerate(layers)]) if f'{n}.'.startswith(f'{c}.')}
+    for c in sorted(first, key=first.get):
+        for layer in _segments(layers, c, children[c], before): before = layer.size; yield layer
 
 # %% ../nbs/17_networks.ipynb #244e4160
 def _stages(module, layers):
@@ -187,7 +188,7 @@ def _stages(module, layers):
     named = [i.get('module') for i in info if isinstance(i, dict)] if isinstance(info, list) else []
     if named and all(n in layers for n in named): return tuple(layers[n] for n in named)
     segments = list(_segments(layers, '', module, None))
-    return tuple(s for s, after in zip(segments, [*segments[1:], None]) if after is None or after.size != s.size)
+    return tuple(s for i, s in enumerate(segments) if i + 1 == len(segments) or not _near(s.size, segments[i + 1].size))
 
 # %% ../nbs/17_networks.ipynb #32b85eeb
 _IMAGENET = PUBLIC['imagenet'].stats
@@ -279,22 +280,18 @@ def _efficientnet_lite0(rest):
         _fill(net, _open(path), 'weights of efficientnet_lite0')
     return net, ((.5,)*3, (.5,)*3), 224, 'its publication'
 
-# %% ../nbs/17_networks.ipynb #d37fe047
+# %% ../nbs/17_networks.ipynb #8d54b1cb
 SOURCES = dict(torchvision=_torchvision, timm=_timm, places365=_places365, file=_file)
+_FORMS = 'torchvision:NAME', 'timm:NAME', 'places365:NAME', 'file:PATH@NAME', 'efficientnet_lite0'
+_KNOWN = [f'torchvision:{n}' for n in _ARCHS] + [f'places365:{n}' for n in PUBLIC['places365'].files] + [_FORMS[-1]]
 
 def _named(name):
     "The module that a name stands for, mean and std, size, and where they come from."
     require(isinstance(name, str), f'{brief(name)} is neither a name nor a network; give torchvision:resnet50 or such')
-    if name.partition('@')[0] == 'efficientnet_lite0': return _efficientnet_lite0(name.partition('@')[2])
+    if name.partition('@')[0] == _FORMS[-1]: return _efficientnet_lite0(name.partition('@')[2])
     source, colon, rest = name.partition(':')
-    require(colon and source in SOURCES, f"unknown network {brief(name)}{_hint(name)}; valid: torchvision:NAME, "
-        'timm:NAME, places365:NAME, file:PATH@NAME, efficientnet_lite0')
+    if not colon or source not in SOURCES: _nearest(name, _KNOWN, f"network ({', '.join(_FORMS)})")
     return SOURCES[source](rest)
-
-def _hint(name):
-    known = ['efficientnet_lite0', *(f'torchvision:{n}' for n in _ARCHS)]
-    near = difflib.get_close_matches(name.rpartition(':')[2], [n.rpartition(':')[2] for n in known], 1)
-    return f" (did you mean {next(k for k in known if k.endswith(near[0]))!r}?)" if near else ''
 
 # %% ../nbs/17_networks.ipynb #07af53c3
 def _given(network):
@@ -339,6 +336,20 @@ def network(
     require(isinstance(stages, (list, tuple)) and stages, f'stages {brief(stages)} are not valid; name some modules')
     return replace(net, stages=tuple(layer_of(net, s) for s in stages))
 
+# %% ../nbs/17_networks.ipynb #d4c6da97
+def _pass(net, x, layer, act):
+    "The network's output; at a layer's last call `act(output)` replaces its output, or ends the pass."
+    seen = []
+    def hook(module, args, output):
+        seen.append(1)
+        if len(seen) != layer.calls or (found := _tensor(output)) is None: return
+        new = act(found)
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+    with _hooked((net.model.get_submodule(layer.path).register_forward_hook, hook)): y = net.model(x)
+    require(len(seen) >= layer.calls,
+        f'{layer.path} is called {len(seen)} times here and {layer.calls} times for the probe image')
+    return y
+
 # %% ../nbs/17_networks.ipynb #03317c11
 def layer_maps(
     net:Network,
@@ -346,14 +357,10 @@ def layer_maps(
     layer=None      # dotted name of a module, or a `Layer`; None: the last stage
 ) -> Tensor:  # (B,K,h,w)
     "Feature maps of a layer; nothing after its last call is computed."
-    layer, seen = layer if isinstance(layer, Layer) else layer_of(net, layer), []
-    def stop(module, args, output):
-        seen.append(1)
-        if len(seen) == layer.calls: raise _Reached(_tensor(output))
-    with _hooked((net.model.get_submodule(layer.path).register_forward_hook, stop)):
-        try: net.model(x)
-        except _Reached as reached: return as_maps(reached.args[0], layer.kind, x.shape[-2:])
-    raise InputError(f'{layer.path} is called {len(seen)} times here and {layer.calls} times for the probe image')
+    layer = layer if isinstance(layer, Layer) else layer_of(net, layer)
+    def stop(output): raise _Reached(output)
+    try: _pass(net, x, layer, stop)
+    except _Reached as reached: return as_maps(reached.args[0], layer.kind, x.shape[-2:])
 
 # %% ../nbs/17_networks.ipynb #589bbb3a
 def unit_value(
@@ -426,25 +433,22 @@ def erf_report(
     areas = {f'area{round(100*t)}': a for t, a in zip(SHARES, contribution_areas(impact).tolist())}
     return dict(height=impact.shape[0], width=impact.shape[1], erf=pixels, share=pixels/impact.numel(), **areas)
 
-# %% ../nbs/17_networks.ipynb #29555f44
+# %% ../nbs/17_networks.ipynb #095ad836
 def _observed(net, x, layer):
-    "Logits and the maps (B,K,h,w) of a layer, cut out of the graph before it: gradients of the maps are possible."
-    kept, seen = [], []
-    def keep(module, args, output):
-        seen.append(1)
-        if len(seen) != layer.calls or (found := _tensor(output)) is None: return
-        kept.append(found.detach().requires_grad_(torch.is_grad_enabled()))
-        new = kept[0].clone()                                  # the next layer may overwrite it
-        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
-    with fitting(net, x), _hooked((net.model.get_submodule(layer.path).register_forward_hook, keep)): z = net.model(x)
-    require(kept, f'{layer.path} is called {len(seen)} times here and {layer.calls} times for the probe image')
+    "Logits and the output of a layer, cut out of the graph before it: gradients of the output are possible."
+    kept = []
+    def keep(output):
+        kept.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        return kept[0].clone()                                 # the next layer may overwrite it
+    with fitting(net, x): z = _pass(net, x, layer, keep)
     require(isinstance(z, Tensor) and z.dim() == 2, f'{net.name} gives no logits (B,C); give a classifier')
     return z, kept[0]
 
-# %% ../nbs/17_networks.ipynb #8b3cbd9f
+# %% ../nbs/17_networks.ipynb #439df849
 def _targets(z, target):
-    if target is not None: _check_target(target := target.to(z.device), z.shape[1], len(z))
-    return z.argmax(1) if target is None else target
+    if target is None: return z.argmax(1)
+    _check_target(target, z.shape[1], len(z))
+    return target.long().to(z.device)
 
 def _cam(net, x, layer, target):
     "Logits and class activation maps (B,h,w)."
@@ -469,7 +473,7 @@ def _with_gradient(net):
     outputs, x = {}, torch.rand(1, *net.input_shape, generator=torch.Generator().manual_seed(0))
     def keep(path):
         def hook(module, args, output):
-            if isinstance(output, Tensor): outputs[path] = output; return output.clone()
+            if isinstance(output, Tensor) and output.requires_grad: outputs[path] = output; return output.clone()
         return hook
     hooks = [(net.model.get_submodule(p).register_forward_hook, keep(p)) for p in net.layers]
     with frozen(net.model), torch.enable_grad(), _hooked(*hooks):
@@ -497,7 +501,7 @@ def focus_layer(
     if layer is not None: return layer_of(net, layer), 'Grad-CAM'
     found = _with_gradient(net)
     last = next((p for p in [s.path for s in net.stages[::-1]] + list(net.layers)[::-1] if p in found), None)
-    require(last, f'the logits of {net.name} have no gradient at any layer with positions')
+    require(last, f'the logits of {net.name} have no gradient at any layer; are the weights of its head 0?')
     return net.layers[last], 'Grad-CAM'
 
 # %% ../nbs/17_networks.ipynb #e9e745e9
@@ -508,6 +512,13 @@ class NetworkFocus(NamedTuple):
     prediction:Tensor   # (B,) int64
     method:str          # 'CAM' or 'Grad-CAM'
     layer:str           # path of the layer
+
+def _classes_of(target):
+    "Target classes as a tensor (N,); None stays."
+    try: target = target if target is None else torch.as_tensor(target).cpu()
+    except (TypeError, ValueError, RuntimeError): target = torch.empty(())
+    require(target is None or target.dim() == 1, 'target does not fit; give one class, a whole number, for each image')
+    return target
 
 def _focus(net, x, target, layer, method, how):
     z, maps = (_cam if method == 'CAM' else _grad_cam)(net, x, layer, target)
@@ -526,15 +537,14 @@ def network_focus(
     tau:float=.5,            # threshold, or share of the mass, in [0,1]
     target=None,             # (N,) whose map: a class an image; None: the prediction
     size=None,               # pixels, or (H,W): images are resized to it
-    batch_size:int=64,       # of what is no loader
+    batch_size:int=16,       # of what is no loader
     normalize:str='before'   # the map is normalised 'before' or 'after' enlarging ('threshold')
 ) -> NetworkFocus:
     "Focus area and coverage ratio of each image, for any classifier; the result names the method and the layer."
     _check_rule(rule, tau, normalize)
     net = network(net)
     layer, method = focus_layer(net, layer, method)
-    target = target if target is None else torch.as_tensor(target).long()
-    batches = _with_targets(loaded(images, net, size=size, batch_size=batch_size), target)
+    batches = _with_targets(loaded(images, net, size=size, batch_size=batch_size), _classes_of(target))
     with frozen(net.model):
         found = [_focus(net, placed(net.model, x), t, layer, method, (rule, tau, 8, normalize)) for x, t in batches]
     mask, coverage, prediction = zip(*found)
