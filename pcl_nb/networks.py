@@ -143,7 +143,7 @@ class _Probe:
             self.shapes[path] = tuple(output.shape)
             if isinstance(module, nn.Linear) and args: self.linear[path] = args[0].clone(), output.clone()
             found = _kind(module, output.shape, self.size) if len(output) == 1 else None
-            before = self.layers.pop(path, None)              # the last call counts
+            before, _ = self.layers.pop(path, None), self.means.pop(path, None)            # the last call counts
             if found: self.add(path, output, *found, 1 + (before.calls if before else 0))
         return hook
 
@@ -212,7 +212,7 @@ def _state(url):
 def _torchvision(rest):
     arch, _, tag = rest.partition('@')
     kinds, fresh = get_model_weights(_nearest(arch, _ARCHS, 'torchvision network')), tag == 'none'
-    own = kinds.DEFAULT if tag in ('', 'none') else kinds[_nearest(tag, list(kinds.__members__), f'weights of {arch}')]
+    own = kinds.DEFAULT if tag in ('', 'none') else kinds[choose(tag, kinds.__members__, f'weights of {arch}')]
     inception = dict(transform_input=not fresh, init_weights=fresh) if arch in ('googlenet', 'inception_v3') else {}
     net = get_model(arch, weights=None, num_classes=len(own.meta['categories']), **inception)
     if not fresh: _fill(net, _state(own.url), f'weights {own.name} of {arch}')
