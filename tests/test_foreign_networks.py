@@ -514,7 +514,7 @@ def test_wrapped_networks(net):
     for outer in (torch.compile, nn.DataParallel, lambda n: torch.optim.swa_utils.AveragedModel(n), lambda n: nn.DataParallel(torch.compile(n))):
         for model in (models.wrap(outer(net), ONE, 'fc'), outer(models.wrap(net, ONE, 'fc'))):
             assert torch.equal(focus_area.focus_area(model, x).mask, want) and erf.impact_map(model, x).shape == (48, 48)
-    for scripted in (torch.jit.script(net), torch.jit.trace(net, x)): refused(lambda: models.wrap(scripted, ONE, 'fc'), 'TorchScript', 'give the nn.Module')
+    for scripted in (torch.jit.script(net), torch.jit.trace(net, x)): refused(lambda: models.wrap(scripted, ONE, 'fc'), 'TorchScript', 'give the original nn.Module')
     refused(lambda: models.wrap(torch.export.export(net, (x,)), ONE, 'fc'), 'is not a network')
     refused(lambda: models.wrap(torch.export.export(net, (x,)).module(), ONE, 'fc'), '')
 
