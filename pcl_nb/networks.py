@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'SOURCES', 'SHARES', 'METHODS', 'Layer', 'as_maps', 'Network
 
 # %% ../nbs/17_networks.ipynb #10490796
 import difflib, importlib, math, os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -133,23 +134,25 @@ def _tensor(output):
 class _Probe:
     "What a pass of one probe image shows."
     def __init__(self, net, x):
-        self.size, self.layers, self.shapes, self.means, self.linear = tuple(x.shape[-2:]), {}, {}, {}, {}
+        self.size, self.calls = tuple(x.shape[-2:]), Counter()
+        self.layers, self.shapes, self.means, self.linear = {}, {}, {}, {}
         hooks = [(m.register_forward_hook, self.see(n)) for n, m in net.named_modules() if n]
         with frozen(net), torch.no_grad(), _hooked(*hooks): self.output = net(x)
 
     def see(self, path):
         def hook(module, args, output):
+            self.calls[path] += 1
+            self.layers.pop(path, None); self.means.pop(path, None)              # the last call counts
             if (output := _tensor(output)) is None: return
             self.shapes[path] = tuple(output.shape)
             if isinstance(module, nn.Linear) and args: self.linear[path] = args[0].clone(), output.clone()
             found = _kind(module, output.shape, self.size) if len(output) == 1 else None
-            before, _ = self.layers.pop(path, None), self.means.pop(path, None)            # the last call counts
-            if found: self.add(path, output, *found, 1 + (before.calls if before else 0))
+            if found: self.add(path, output, *found)
         return hook
 
-    def add(self, path, output, kind, grid, calls):
+    def add(self, path, output, kind, grid):
         F = as_maps(output, kind, self.size)
-        self.layers[path] = Layer(path, round(self.size[0]/grid[0], 2), F.shape[1], grid, kind, calls)
+        self.layers[path] = Layer(path, round(self.size[0]/grid[0], 2), F.shape[1], grid, kind, self.calls[path])
         self.means[path] = F.mean((2, 3), keepdim=True), F.relu().mean((2, 3), keepdim=True)
 
 # %% ../nbs/17_networks.ipynb #ae95c288

@@ -308,3 +308,18 @@ def test_layers_and_images_that_do_not_fit():
     refused(lambda: networks.network(nn.Conv2d(1, 4, 3)), 'give stats')
     refused(lambda: networks.network(nn.ReLU()), 'no parameters')
     refused(lambda: networks.contribution_areas(x), 'is not a map')
+
+
+def test_module_called_on_a_vector_and_then_on_maps():
+    "All calls count, and the last one is measured: the maps."
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Linear(4, 5)
+        def forward(self, x):
+            gate = self.act(x.mean((1, 2, 3)) + 1)
+            return self.fc(self.act(self.conv(x)*gate[:, None, None, None]).mean((2, 3)))
+    torch.manual_seed(0)
+    net, images = networks.network(Shared(), size=16, stages=['act']), torch.rand(2, 3, 16, 16)
+    assert net.layers['act'].calls == 2
+    assert networks.layer_impact(net, images, 'act').max() > 0
