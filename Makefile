@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo 
 PROFILE ?= embedded
 
 BIN := .venv/bin
-CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 READY := .venv/.installed
 export PYTHONUNBUFFERED = 1
 
@@ -20,12 +20,12 @@ figures-all: $(READY)  ## every figure and table, five architectures, three runs
 	$(BIN)/pcl-reproduce --profile $(PROFILE) --html $(ARGS)
 
 # Workers x threads = cores: two processes of two threads each crawl on two cores.
-test: $(READY)  ## run the chapters and the index as tests, then pytest; ARGS="-k erf"
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9]|data|methods|runs|train|reproduce)' --n_workers $(CORES) --do_print --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(CORES) --dist worksteal $(ARGS)
+test: $(READY)  ## run the chapters and the index as tests, then pytest; WORKERS=2 (a gigabyte each) ARGS="-k erf"
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '^(index|[0-9]|data|methods|runs|train|reproduce)' --n_workers $(WORKERS) --do_print --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-quick: $(READY)  ## the tests that take less than ten seconds; ARGS="-k erf"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(CORES) --dist worksteal -m 'not slow and not faults' $(ARGS)
+test-quick: $(READY)  ## the tests that take less than ten seconds each; WORKERS=2 ARGS="-k erf"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -m 'not slow and not faults' $(ARGS)
 
 test-faults: $(READY)  ## kills, full disks, damaged files: nothing may be lost; a quarter of an hour
 	$(BIN)/python -m pytest tests/test_faults.py -m faults

@@ -418,3 +418,12 @@ def test_names_with_spaces_and_beyond_ascii(pictures, tmp_path, capsys):
     photo(tmp_path/'new.png').rename(pictures/'train'/'wood & field'/os.fsdecode(b'\xff.png'))
     sources.forget()
     assert data.fingerprint(name, 28) != before and len(data.load(name, 'train', 28)) == 7
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', '<<<<<<< HEAD\n{"cells": []}'])
+def test_damaged_notebook_of_an_experiment(tmp_path, monkeypatch, content):
+    "A merge conflict or half a file is named, in one line."
+    (path := tmp_path/'erf.ipynb').write_text(content)
+    monkeypatch.setattr(experiment, 'notebook_path', lambda name: path)
+    with pytest.raises(InputError, match='is not a notebook') as e: experiment.parameters_of('erf')
+    assert str(path) in str(e.value) and '\n' not in str(e.value)

@@ -323,3 +323,15 @@ def test_module_called_on_a_vector_and_then_on_maps():
     net, images = networks.network(Shared(), size=16, stages=['act']), torch.rand(2, 3, 16, 16)
     assert net.layers['act'].calls == 2
     assert networks.layer_impact(net, images, 'act').max() > 0
+
+
+def test_values_that_measure_nothing():
+    "One line each, before anything is computed."
+    net, x = networks.network(models.create_model('resnet18', 5, width=.25), size=56), torch.rand(1, 3, 56, 56)
+    impact = networks.layer_impact(net, x)
+    refused(lambda: networks.network(net.model, size=0), 'size 0 is not valid')
+    refused(lambda: networks.layer_maps(net, x[0]), '(B,C,H,W)')
+    refused(lambda: networks.unit_value(None), '(B,K,h,w)')
+    for shares in ([], .5, [0], [2], ['a']): refused(lambda: networks.contribution_areas(impact, shares), 'above 0, up to 1')
+    refused(lambda: networks.contribution_areas(impact*torch.nan), 'not finite')
+    for name in ('efficientnet_lite0@x', 'places365:resnet18@x', 'timm:resnet18@x'): refused(lambda: networks.network(name), 'valid: none')

@@ -90,6 +90,15 @@ def _check_sum(path, known, fetched):
         + ('it was not kept; try again' if fetched else 'remove it to fetch it again'))
 
 # %% ../../nbs/base/02_weights.ipynb #61f1a008
+def _fetched(url, known=None, progress=True):
+    "The file at an address, fetched to the folder of weights if it is missing, with the expected SHA-256."
+    folder, _, name = url.rpartition('/')
+    path = weights_dir()/name
+    missing = not path.exists()
+    if missing: _download(f"{os.environ.get('PCL_NB_WEIGHTS_URL') or folder}/{name}", path, progress)
+    _check_sum(path, known, missing)
+    return path
+
 def weights_file(
     source:str,      # a name in `PUBLIC`
     arch:str,        # a name in `models.ARCHS`
@@ -98,11 +107,8 @@ def weights_file(
     "The file of public weights, fetched if it is missing; `InputError` unless its SHA-256 is the expected one."
     public = PUBLIC[choose(source, PUBLIC, 'weights')]
     require(arch in public.files, f"there are no {source} weights of {arch}; there are of {', '.join(public.files)}")
-    path = weights_dir()/public.files[arch]
-    fetched = not path.exists()
-    if fetched: _download(f"{os.environ.get('PCL_NB_WEIGHTS_URL') or public.url}/{path.name}", path, progress)
-    _check_sum(path, public.sums.get(path.name), fetched)
-    return path
+    name = public.files[arch]
+    return _fetched(f'{public.url}/{name}', public.sums.get(name), progress)
 
 # %% ../../nbs/base/02_weights.ipynb #03d4968b
 _SCALAR = np.float64(0).__reduce__()[0]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'OBJECT_EPOCHS', 'AS_PUBLISHED', 'APPENDIX', 'CHOICES', 'CLAIM_NEEDS', 'EXPERIMENTS', 'one_of', 'integer',
-           'number', 'or_profile', 'list_of', 'image_files', 'run_counts', 'seeds_of', 'checks', 'code_cells',
-           'parameters_of', 'given_parameters', 'check_parameters', 'complete', 'recipe_of', 'accuracies',
+           'number', 'or_profile', 'list_of', 'image_files', 'run_counts', 'seeds_of', 'checks', 'notebook_path',
+           'code_cells', 'parameters_of', 'given_parameters', 'check_parameters', 'complete', 'recipe_of', 'accuracies',
            'settings_text_of', 'data_name', 'row_of', 'accuracy_rows', 'Params', 'Experiment', 'Declared', 'FocusArea',
            'Qualitative', 'Erf', 'ReluActivity', 'Initialisation', 'TargetClass', 'ErasingMethods', 'OpenChoices',
            'Calibration', 'Claims']
@@ -157,13 +157,17 @@ def checks(
     return {n: CHECKS[choose(n, CHECKS, 'common parameter')] for n in names.split()}
 
 # %% ../../nbs/lab/06_experiment.ipynb #c3d1ed16
+def notebook_path(name): return root()/'nbs'/f'{name}.ipynb'
+
 def code_cells(
     notebook:str  # name without ending: 'erf'
 ) -> list:  # dicts: source, tags
     "The code cells of an experiment."
-    path = root()/'nbs'/f'{notebook}.ipynb'
+    path = notebook_path(notebook)
     require(path.exists(), f'{path} does not exist; an experiment is a notebook in nbs/, run inside a clone')
-    cells = json.loads(path.read_text())['cells']
+    try: cells = json.loads(path.read_text())['cells']
+    except (ValueError, LookupError, TypeError) as e:
+        raise InputError(f'{path} is not a notebook ({brief(e)}); get it again from the repository') from None
     return [dict(source=''.join(c['source']), tags=c['metadata'].get('tags', [])) for c in cells
         if c['cell_type'] == 'code']
 
