@@ -8,18 +8,21 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6
            'histograms_by_data', 'histograms_by_method', 'histograms_by_loss', 'histograms_s4', 'focus_by_scheme',
            'change_text', 'focus_by_network', 'evidence_by_rule', 'image_groups', 'activity_against_erf',
            'accuracy_against_focus', 'speed_ratios', 'verdict_matrix', 'effects', 'open_choices', 'initialisation',
-           'impact_lines', 'impact_panel', 'explored', 'null_calibration']
+           'impact_lines', 'impact_panel', 'explored', 'coloured', 'png', 'spotlight', 'network_panels',
+           'null_calibration']
 
 # %% ../nbs/16_plots.ipynb #8dbad97f
-import re
+import io, re
 from itertools import product
 from textwrap import wrap
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
+from PIL import Image
 import seaborn as sns
 
 from .models import ARCHS, TITLES
@@ -683,6 +686,57 @@ def explored(
         for ax, name, colour in zip(line[-2:], ('before', 'after'), (GREY, BLUE)):
             _class_bars(ax, r[name], colour)
             if i == 0: ax.set_title(f'{name} erasing')
+    return fig
+
+# %% ../nbs/16_plots.ipynb #b3d1c070
+def coloured(
+    values:np.ndarray   # (H,W)
+) -> np.ndarray:  # (H,W,3) in [0,1]
+    "A map in colour, from dark (its lowest value) to bright (its highest)."
+    low, high = values.min(), values.max()
+    return colormaps['magma']((values - low)/max(high - low, 1e-30))[..., :3]
+
+def png(
+    pixels,         # (H,W,3) in [0,1]
+    least:int=150   # pixels across; small pictures are enlarged without smoothing
+) -> bytes:
+    "A picture as the bytes of a PNG file."
+    pixels = np.uint8(np.clip(pixels, 0, 1)*255 + .5)
+    picture, k = Image.fromarray(pixels), -(-least//pixels.shape[1])
+    buffer = io.BytesIO()
+    picture.resize((k*picture.width, k*picture.height), Image.Resampling.NEAREST).save(buffer, 'png', compress_level=1)
+    return buffer.getvalue()
+
+# %% ../nbs/16_plots.ipynb #31ea62af
+def spotlight(
+    picture:np.ndarray,   # (H,W,3) uint8
+    mask:np.ndarray       # (H,W) bool
+) -> np.ndarray:  # (H,W,3) uint8
+    "A picture whose part outside of a mask is dimmed and grey."
+    grey = picture.mean(2, keepdims=True)*.35 + 20
+    return np.where(mask[..., None], picture, grey).astype(np.uint8)
+
+def _network_row(axes, r, maps, first):
+    for ax, (layer, impact) in zip(axes, list(r['impacts'].items())[-maps:]):
+        ax.imshow(np.sqrt(impact), cmap='magma'); ax.set_xlabel(f"{layer}\nERF {r['shares'][layer]:.1%}")
+        if first: ax.set_title('impact map')
+    for ax, picture, mask, coverage in zip(axes[maps:], r['pictures'], r['masks'], r['coverage']):
+        ax.imshow(spotlight(picture, mask)); ax.set_xlabel(f'{coverage:.0%}')
+        if first: ax.set_title('focus area')
+    axes[0].set_ylabel(r['network'].replace(':', ':\n', 1))
+
+@plt.rc_context(_STYLE)
+def network_panels(
+    rows:list,    # dicts: network; impacts, shares: layer -> (H,W), ERF as share of the image; and one a photograph:
+                  # pictures (H,W,3) uint8, masks (H,W) bool, coverage
+    maps:int=3    # impact maps of the last layers
+) -> Figure:
+    "Square roots of impact maps, and focus areas, one row per network."
+    maps = min(maps, max(len(r['impacts']) for r in rows))
+    across = maps + max(len(r['pictures']) for r in rows)
+    fig, axes = plt.subplots(len(rows), across, figsize=(1.45*across + .6, 1.75*len(rows) + .2), squeeze=False)
+    for ax in axes.flat: _bare(ax)
+    for line, r in zip(axes, rows): _network_row(line, r, maps, r is rows[0])
     return fig
 
 # %% ../nbs/16_plots.ipynb #e1a17001

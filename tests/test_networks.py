@@ -331,7 +331,7 @@ def test_values_that_measure_nothing():
     impact = networks.layer_impact(net, x)
     refused(lambda: networks.network(net.model, size=0), 'size 0 is not valid')
     refused(lambda: networks.layer_maps(net, x[0]), '(B,C,H,W)')
-    refused(lambda: networks.unit_value(None), '(B,K,h,w)')
+    refused(lambda: erf.center_value(None), '(B,K,h,w)')
     for shares in ([], .5, [0], [2], ['a']): refused(lambda: networks.contribution_areas(impact, shares), 'above 0, up to 1')
     refused(lambda: networks.contribution_areas(impact*torch.nan), 'not finite')
     for name in ('efficientnet_lite0@x', 'places365:resnet18@x', 'timm:resnet18@x'): refused(lambda: networks.network(name), 'valid: none')
