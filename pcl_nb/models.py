@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBED', 'ONCE', 'RELU', 'ARCHS', 'TITLES', 'INITS', 'ERASED_NORMS', 'unwrapped', 'submodule', 'frozen',
-           'memory_format', 'placed', 'checked_stats', 'StagedClassifier', 'staged', 'initialise', 'create_model',
-           'wrap', 'erased_norms']
+           'memory_format', 'placed', 'checked_stats', 'StagedClassifier', 'staged', 'initialise', 'check_classes',
+           'create_model', 'wrap', 'erased_norms']
 
 # %% ../nbs/04_models.ipynb #f58ab6d9
 import contextlib, os
@@ -568,10 +568,15 @@ def initialise(
     return net
 
 # %% ../nbs/04_models.ipynb #647ab229
+def check_classes(value):
+    "A check: a number of classes."
+    require(is_whole(value) and 1 <= value <= 10**6,
+        f'num_classes {brief(value)} is not valid; give 1 or more, up to a million')
+    return value
+
 def _check(num_classes, weights, width, small_input, side):
     "`InputError` unless `create_model` can use these arguments."
-    require(is_whole(num_classes) and 1 <= num_classes <= 10**6,
-        f'num_classes {brief(num_classes)} is not valid; give 1 or more, up to a million')
+    check_classes(num_classes)
     require(is_real(width) and 0 < width <= 4, f'width {brief(width)} is not valid; give a factor above 0 and up to 4')
     for name, v in dict(small_input=small_input, side=side).items():
         require(isinstance(v, bool), f'{name} {brief(v)} is not valid; give True or False')

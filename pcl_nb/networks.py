@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SOURCES', 'FORMS', 'SHARES', 'FOCUS_METHODS', 'Layer', 'as_maps', 'Network', 'layer_of', 'network',
            'layer_maps', 'layer_impacts', 'layer_impact', 'receptive_field', 'contribution_areas', 'erf_report',
-           'focus_layer', 'NetworkFocus', 'network_focus']
+           'focus_layer', 'NetworkFocus', 'network_focus', 'classifier']
 
 # %% ../nbs/17_networks.ipynb #10490796
 import copy, importlib, math
@@ -20,8 +20,8 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from .base.core import InputError, Progress, brief, choose, is_real, require, resolve
 from .base.weights import PUBLIC, _check_sum, _fetched, _fill, _open, _prefix, weights_dir
-from .models import (ARCHS, PROBED, StagedClassifier, _averages, _height_and_width, _hooked, _line, _Reached,
-    checked_stats, create_model, frozen, placed, unwrapped)
+from .models import (ARCHS, PROBED, StagedClassifier, _averages, _height_and_width, _hooked, _line,
+    _new_head, _Reached, check_classes, checked_stats, create_model, frozen, placed, unwrapped, wrap)
 from .speedups import fitting, parts
 from .inputs import loaded
 from .cam import _check_target, class_activation_map
@@ -588,3 +588,38 @@ def network_focus(
     coverage = torch.cat(coverage); _warn_undefined(coverage)
     mask = torch.cat(mask) if len({m.shape[1:] for m in mask}) == 1 else [m for part in mask for m in part]
     return NetworkFocus(mask, coverage, torch.cat(prediction), method, layer.path)
+
+# %% ../nbs/17_networks.ipynb #ca835a15
+def _called_once(net, layer):
+    "Path of a module whose only call gives what the last call of the layer gives: an identity, added if it must be."
+    if layer.calls == 1: return layer.path
+    given, takers = [None], {}          # outputs of the layer; module -> which output each of its calls takes, or 0
+    def take(path):
+        return lambda m, args: takers.setdefault(path, []).append(len(given)*bool(args and args[0] is given[-1]))
+    hooks = [(m.register_forward_pre_hook, take(n)) for n, m in net.model.named_modules() if n]
+    keep = net.model.get_submodule(layer.path).register_forward_hook, lambda m, args, output: given.append(output)
+    with frozen(net.model), torch.no_grad(), _hooked(keep, *hooks):
+        net.model(placed(net.model, torch.rand(1, *net.input_shape)))
+    path = next((n for n, seen in takers.items() if seen == [layer.calls + 1]), None)
+    require(path, f'{layer.path} is called {layer.calls} times, and no module takes its last output alone')
+    where, _, name = path.rpartition('.')
+    parent = net.model.get_submodule(where)
+    setattr(parent, name, nn.Sequential(nn.Identity(), getattr(parent, name)))
+    return f'{path}.0'
+
+def classifier(
+    net,               # a `Network`, or what `network` takes
+    classes=None,      # number of classes of a new head; None: the network's own head
+    side:bool=False    # add a side head at stage 3
+) -> StagedClassifier:
+    "A network by name for training and for the other chapters; `InputError` if no linear layer reads a pooled map."
+    net = network(net)
+    require(net.pooled, f'{net.name} has no linear layer that reads the average of a map; PCL, its focus area and '
+        'the explorer need one (`network_focus` takes any classifier)')
+    net = replace(net, model=copy.deepcopy(net.model))
+    last = net.layers[net.pooled[0]]
+    earlier = [s.path for s in net.stages if math.prod(s.size) > math.prod(last.size)]
+    stages = {**({'stage3': earlier[-1]} if earlier else {}), 'stage4': _called_once(net, last)}
+    model = wrap(net.model, stages, net.head, side, net.size, net.stats)
+    if classes is not None: _new_head(model, check_classes(classes))
+    return model
