@@ -85,7 +85,7 @@ def page(tmp_path):
 
 def picture(page, name, nth=0):
     "The bytes of a picture in the panel."
-    return base64.b64decode(page.locator(f'.pcl-explore img.pcl-{name}').nth(nth).evaluate(
+    return base64.b64decode(page.locator('.pcl-explore').nth(1).locator(f'img.pcl-{name}').nth(nth).evaluate(
         "async i => { const b = new Uint8Array(await (await fetch(i.src)).arrayBuffer()); return btoa(String.fromCharCode(...b)) }"))
 
 
@@ -121,9 +121,13 @@ def test_the_slider_moves_the_picture(lab, page, tmp_path):
     page.goto(f'{lab}/lab/tree/explore.ipynb?token={TOKEN}')
     page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
     run_all(page)
-    panel = page.locator('.pcl-explore').first
+    real, panel = (page.locator('.pcl-explore').nth(i) for i in (0, 1))
     panel.wait_for()
     page.locator('.jp-OutputArea-output', has_text='s in all').wait_for()
+    real.scroll_into_view_if_needed()
+    until(lambda: all(real.locator('img').evaluate_all('l => l.map(i => i.naturalWidth > 0)')), page)
+    assert real.get_by_text('military uniform').count(), 'a real network on a real photograph'
+    shoot(page, tmp_path, 'explore_real')
     panel.scroll_into_view_if_needed()
     assert panel.locator('img.pcl-focus-area').count() == 2, 'baseline and PCL side by side'
     until(lambda: all(panel.locator('img').evaluate_all('l => l.map(i => i.naturalWidth > 0)')), page)
