@@ -303,10 +303,11 @@ def _given(network):
         return network.net, network.stats, network.input_shape[1:], 'the network itself' if network.stats else _DEFAULT
     return network, *_configured(network)
 
-def _probed(net, name, size, channels):
-    "The probe's pass at `size`, else at the first size that works; `InputError` if none does."
+def _probed(net, name, size, channels, other=None):
+    "The probe's pass at `size`, else at the first size that works, `other` among them; `InputError` if none does."
     sizes, failed = list(dict.fromkeys((s, s) for s in (224, *PROBED))), None
     if size is not None: sizes = [_height_and_width(size)]
+    if other is not None: sizes.append(_height_and_width(other))
     for s in sizes:
         x = torch.rand(1, channels, *s, generator=torch.Generator().manual_seed(0))
         try: return _Probe(net, placed(net, x))
@@ -329,12 +330,14 @@ def network(
     require(next(model.parameters(), None) is not None, f'{name} has no parameters')
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     require(stats or own or channels == 3, f'{name} takes images of {channels} channels; give stats=(mean, std)')
-    probe = _probed(model.eval(), name, own_size if size is None else size, channels)
-    require(probe.layers, f'{name} has no module with positions in the image')
-    head = _head(probe)
+    found = probe = _probed(model.eval(), name, own_size, channels, size)
+    if size is not None and _height_and_width(size) != probe.size: probe = _probed(model, name, size, channels)
+    require(probe.layers, f'{name} has no module with positions in images of {probe.size[0]}x{probe.size[1]} px')
+    head, at = _head(found), probe.layers
+    pooled = _pooled(found, head)
     net = Network(name, model, *checked_stats(stats or own or _IMAGENET, channels), probe.size,
-        'given' if stats else source, _stages(model, probe.layers), head, probe.layers, _pooled(probe, head),
-        probe.shapes)
+        'given' if stats else source, tuple(at[s.path] for s in _stages(model, found.layers) if s.path in at), head, at,
+        pooled if pooled and pooled[0] in at else None, probe.shapes)
     if stages is None: return net
     require(isinstance(stages, (list, tuple)) and stages, f'stages {brief(stages)} are not valid; name some modules')
     return replace(net, stages=tuple(layer_of(net, s) for s in stages))
@@ -614,8 +617,8 @@ def classifier(
 ) -> StagedClassifier:
     "A network by name for training and for the other chapters; `InputError` if no linear layer reads a pooled map."
     net = network(net)
-    require(net.pooled, f'{net.name} has no linear layer that reads the average of a map; PCL, its focus area and '
-        'the explorer need one (`network_focus` takes any classifier)')
+    require(net.pooled, f'{net.name} has no linear layer that reads the average of a map of images of {net._size()}; '
+        'PCL and the explorer need one (`network_focus` takes any classifier)')
     net = replace(net, model=copy.deepcopy(net.model))
     last = net.layers[net.pooled[0]]
     earlier = [s.path for s in net.stages if math.prod(s.size) > math.prod(last.size)]

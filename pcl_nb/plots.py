@@ -12,7 +12,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'GREY', 'NETWORKS', 'FIG6
            'null_calibration']
 
 # %% ../nbs/16_plots.ipynb #8dbad97f
-import io, re
+import io, math, re
 from itertools import product
 from textwrap import wrap
 
@@ -716,12 +716,18 @@ def spotlight(
     grey = picture.mean(2, keepdims=True)*.35 + 20
     return np.where(mask[..., None], picture, grey).astype(np.uint8)
 
-def _network_row(axes, r, maps, first):
+def _thinned(a, panels):
+    "Every k-th row and column: the panels of a figure share 300,000 pixels, so that its file stays small."
+    k = math.ceil(max(a.shape[:2])/math.sqrt(3e5/panels))
+    return a[::k, ::k]
+
+def _network_row(axes, r, maps, first, panels):
     for ax, (layer, impact) in zip(axes, list(r['impacts'].items())[-maps:]):
-        ax.imshow(np.sqrt(impact), cmap='magma'); ax.set_xlabel(f"{layer}\nERF {r['shares'][layer]:.1%}")
+        ax.imshow(_thinned(np.sqrt(impact), panels), cmap='magma', interpolation='none')
+        ax.set_xlabel(f"{layer}\nERF {r['shares'][layer]:.1%}")
         if first: ax.set_title('impact map')
     for ax, picture, mask, coverage in zip(axes[maps:], r['pictures'], r['masks'], r['coverage']):
-        ax.imshow(spotlight(picture, mask)); ax.set_xlabel(f'{coverage:.0%}')
+        ax.imshow(_thinned(spotlight(picture, mask), panels), interpolation='none'); ax.set_xlabel(f'{coverage:.0%}')
         if first: ax.set_title('focus area')
     axes[0].set_ylabel(r['network'].replace(':', ':\n', 1))
 
@@ -736,7 +742,7 @@ def network_panels(
     across = maps + max(len(r['pictures']) for r in rows)
     fig, axes = plt.subplots(len(rows), across, figsize=(1.45*across + .6, 1.75*len(rows) + .2), squeeze=False)
     for ax in axes.flat: _bare(ax)
-    for line, r in zip(axes, rows): _network_row(line, r, maps, r is rows[0])
+    for line, r in zip(axes, rows): _network_row(line, r, maps, r is rows[0], axes.size)
     return fig
 
 # %% ../nbs/16_plots.ipynb #e1a17001

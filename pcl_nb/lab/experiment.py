@@ -137,8 +137,14 @@ def seeds_of(
 # %% ../../nbs/lab/06_experiment.ipynb #4be258eb
 def _data(name): return check_data(name, trains=False)
 
+def _arch(value):
+    "A check: an architecture that can be trained by name; other networks have their own experiment."
+    require(not isinstance(value, str) or ':' not in value and not value.startswith('efficientnet_lite0'),
+        f'{brief(value)} is not trained here: papermill nbs/any_network.ipynb out.ipynb -p networks {value}')
+    return one_of(ARCHS, 'architecture')(value)
+
 CHECKS = dict(
-    arch=one_of(ARCHS, 'architecture'), archs=list_of(one_of(ARCHS, 'architecture')),
+    arch=_arch, archs=list_of(_arch),
     profile=one_of(PROFILES, 'profile'), scenes=_data, objects=_data, images=or_profile(integer(1)),
     size=or_profile(integer(16, LARGEST)),
     scheme=one_of(SCHEMES, 'scheme'), init=one_of(INITS, 'initialisation'), pcl=pairs, epochs=or_profile(integer(1)),

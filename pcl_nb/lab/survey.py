@@ -208,7 +208,7 @@ def differences(
 
 # %% ../../nbs/lab/13_survey.ipynb #19a6d290
 def _names(value):
-    found = items_of(value, blanks=False)
+    found = [n for n in items_of(value, blanks=False) if n.strip()]
     require(found, f'names no network; give {", ".join(networks.FORMS)}, several with commas')
     return list(dict.fromkeys(found))
 
