@@ -160,11 +160,11 @@ def _head(probe):
     if not isinstance(probe.output, Tensor) or probe.output.dim() != 2: return None
     return next((n for n, (_, out) in reversed(probe.linear.items()) if torch.equal(out, probe.output)), None)
 
-def _pooled(probe, head):
-    "The last layer whose average over positions the head reads, and whether a ReLU comes between; else None."
+def _pooled(probe, head, stages=()):
+    "The last stage, else layer, whose average the head reads, and whether a ReLU comes between; else None."
     if head not in probe.linear: return None
-    given = probe.linear[head][0]
-    found = ((n, bool(i)) for n, means in reversed(probe.means.items()) for i in (0, 1)
+    given, paths = probe.linear[head][0], [s.path for s in stages][::-1] + list(probe.means)[::-1]
+    found = ((n, bool(i)) for n, means in ((n, probe.means[n]) for n in paths) for i in (0, 1)
         if given.shape == means[i].shape[:2] and _averages(means[i], given))
     return next(found, None)
 
@@ -333,10 +333,10 @@ def network(
     found = probe = _probed(model.eval(), name, own_size, channels, size)
     if size is not None and _height_and_width(size) != probe.size: probe = _probed(model, name, size, channels)
     require(probe.layers, f'{name} has no module with positions in images of {probe.size[0]}x{probe.size[1]} px')
-    head, at = _head(found), probe.layers
-    pooled = _pooled(found, head)
+    head, at, found_stages = _head(found), probe.layers, _stages(model, found.layers)
+    pooled = _pooled(found, head, found_stages)
     net = Network(name, model, *checked_stats(stats or own or _IMAGENET, channels), probe.size,
-        'given' if stats else source, tuple(at[s.path] for s in _stages(model, found.layers) if s.path in at), head, at,
+        'given' if stats else source, tuple(at[s.path] for s in found_stages if s.path in at), head, at,
         pooled if pooled and pooled[0] in at else None, probe.shapes)
     if stages is None: return net
     require(isinstance(stages, (list, tuple)) and stages, f'stages {brief(stages)} are not valid; name some modules')

@@ -729,7 +729,7 @@ def _network_row(axes, r, maps, first, panels):
     for ax, picture, mask, coverage in zip(axes[maps:], r['pictures'], r['masks'], r['coverage']):
         ax.imshow(_thinned(spotlight(picture, mask), panels), interpolation='none'); ax.set_xlabel(f'{coverage:.0%}')
         if first: ax.set_title('focus area')
-    axes[0].set_ylabel(r['network'].replace(':', ':\n', 1))
+    axes[0].set_ylabel(re.sub(r'(.{1,18}[:_@.-])(?=.{6})', r'\1\n', r['network']))        # in short lines
 
 @plt.rc_context(_STYLE)
 def network_panels(
