@@ -404,6 +404,7 @@ def fit(
     checkpoint=None,               # resume from it, write to it after each epoch: `runs.Checkpoint`; None: neither
     device=None,                   # default: the fastest of this machine
     progress=True,                 # True: a bar; False: silent; or a function (images done, images in all)
+    log=None                       # a function that the first process calls with the metrics after each epoch
 ) -> Fitted:
     "Train the network of a recipe."
     recipe.check()
@@ -421,6 +422,7 @@ def fit(
                 train_epoch(t, epoch, (meter, report))
             average(b for b in t.model.buffers() if b.is_floating_point())     # running statistics, over the processes
             t.metrics.append(meter.row() | t.validate(epoch + 1))
+            if log and not t.rank: log(t.metrics)
             if checkpoint: checkpoint.write(t.state_dict())
         if not recipe.epochs: t.metrics.append(dict(epoch=0) | t.validate(0))
     return Fitted(t.model.eval(), recipe, t.stats, tuple(t.train.classes), pd.DataFrame(t.metrics),
