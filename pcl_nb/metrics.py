@@ -63,6 +63,8 @@ def _sum(*size): return torch.zeros(size, dtype=torch.float32 if torch.backends.
 class FocusArea(Metric):
     "Mean coverage ratio of the images (appendix A); NaN if it is defined for no image."
     full_state_update = False      # of torchmetrics: a batch's value needs only the batch
+    covered:Tensor                 # sum of the coverage ratios
+    images:Tensor                  # number of images
 
     def __init__(self,
         rule:str='threshold',      # 'threshold', 'energy' or 'sufficient'
@@ -98,6 +100,8 @@ class FocusArea(Metric):
 class ImpactMap(Metric):
     "Impact map of the centre of a stage (appendix D.1): mean over images."
     full_state_update = False      # of torchmetrics: a batch's value needs only the batch
+    impacts:Tensor                 # sum of the maps (H,W)
+    images:Tensor                  # number of images
 
     def __init__(self,
         size,                      # pixels, or (H,W)

@@ -357,7 +357,8 @@ def layer_maps(
     require(isinstance(x, Tensor) and x.dim() == 4, 'x is no batch of images (B,C,H,W)')
     def stop(output): raise _Reached(output)
     try: _pass(net, x, layer, stop)
-    except _Reached as reached: return as_maps(reached.args[0], layer.kind, x.shape[-2:])
+    except _Reached as reached: found = reached.args[0]
+    return as_maps(found, layer.kind, x.shape[-2:])
 
 # %% ../nbs/17_networks.ipynb #589bbb3a
 def unit_value(

@@ -159,7 +159,7 @@ def evaluate(
 def build_model(
     recipe:Recipe,
     num_classes:int,
-    model:StagedClassifier=None   # a network of your own, instead of `recipe.arch`
+    model:StagedClassifier|None=None   # a network of your own, instead of `recipe.arch`
 ) -> StagedClassifier:
     "The network of a recipe, initialised and prepared by the method."
     method, weights = get_method(recipe.method, **recipe.options), recipe.weights if recipe.weights in PUBLIC else None
@@ -400,7 +400,7 @@ def train_epoch(
 # %% ../nbs/11_training.ipynb #9f8302cb
 def fit(
     recipe:Recipe,
-    model:StagedClassifier=None,   # a network of your own (trained in place); None: the recipe's
+    model:StagedClassifier|None=None,   # a network of your own (trained in place); None: the recipe's
     checkpoint=None,               # resume from it, write to it after each epoch: `runs.Checkpoint`; None: neither
     device=None,                   # default: the fastest of this machine
     progress=True,                 # True: a bar; False: silent; or a function (images done, images in all)

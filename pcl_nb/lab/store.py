@@ -72,12 +72,13 @@ def noted_progress(
 
 def progress_of(
     folder  # of a run
-) -> float:  # share in [0,1]; None: unknown
+) -> float|None:  # share in [0,1]; None: unknown
     "The progress of a run."
     if is_complete(folder): return 1.
     with contextlib.suppress(OSError, ValueError):          # none yet, or half written
         done, total = map(int, Path(folder, 'progress').read_text().split())
         return done/max(total, 1)
+    return None
 
 # %% ../../nbs/lab/01_store.ipynb #b36ee63c
 class BrokenRun(Exception):
@@ -174,7 +175,7 @@ LOGS = 'csv', 'tensorboard'
 
 @contextlib.contextmanager
 def metrics_log(
-    log:str,    # a name in `LOGS`; None: no log
+    log,        # a name in `LOGS`; None: no log
     folder      # of the run
 ):  # yields a function of the metrics so far: a dict an epoch; or None
     "Context manager: a log of the training's metrics, by name."
