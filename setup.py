@@ -11,4 +11,5 @@ settings = settings['DEFAULT']
 setup(install_requires=settings['requirements'].split(),
       extras_require={'dev': settings['dev_requirements'].split(), 'bench': settings['bench_requirements'].split(),
                       'cluster': settings['cluster_requirements'].split(),
-                      'real': settings['real_requirements'].split()})
+                      'real': settings['real_requirements'].split(),
+                      'trainers': settings['trainers_requirements'].split()})

@@ -364,7 +364,7 @@ def _gain(a, b):
 
 def judge_gains(
     runs:Runs   # of 'focus'
-) -> dict:  # a row of `judge`; None: not of both and another
+) -> dict|None:  # a row of `judge`; None: not of both and another
     "C4: the gain in focus area is largest for two architectures."
     there = [a for a in ARCHS if {(a, 'pcl'), (a, 'scenes')} <= set(runs.values)]
     others = [a for a in there if a not in MOST]
@@ -387,7 +387,7 @@ def size_interval(
 def judge_shrinking(
     runs:Runs,         # of 'erf stage4'
     wide='resnet50'    # whose output dimension is large
-) -> dict:  # a row of `judge`; None: not of it and another
+) -> dict|None:  # a row of `judge`; None: not of it and another
     "C11: the difference between scene and object networks is smaller in one architecture."
     found = {a: compare(runs, versus('scenes', 'objects', 'erf stage4'), a) for a in ARCHS}
     there = {a: c for a, c in found.items() if c.estimate is not None}

@@ -302,7 +302,7 @@ def batches(
     device='cpu',
     channels_last:bool=False,
     shard:tuple=(0, 1),  # (rank, ranks): of each batch, every `ranks`-th image from `rank` on
-    workers:int=None     # processes that decode images on disk; None: `default_workers`
+    workers:int|None=None     # processes that decode images on disk; None: `default_workers`
 ):  # yields x (B,3,size,size) normalised, y (B,)
     "Cropped, normalised batches of one epoch; concatenating the shards of a batch gives the batch."
     _check_batches(scheme, size, stats, batch, shard)

@@ -176,7 +176,7 @@ class TwoBranch(_Branches):
     "A network with a second last stage and head; branch B reads the positions that branch A does not concentrate on."
     def branches(self,
         x:Tensor,           # (B,3,H,W), normalised
-        target:Tensor=None, # t (B,), the class whose region is erased; None: branch A's prediction
+        target:Tensor|None=None, # t (B,), the class whose region is erased; None: branch A's prediction
         stages=()           # stages whose feature maps are returned
     ) -> tuple:  # logits a, b (B,C); M (B,1,h,w), 1: erased; stage -> feature maps of branch A
         "Both branches in one pass; no gradient flows through the mask."

@@ -231,7 +231,7 @@ def coverage_table(
     tau:float=.5,
     stage:str='stage4',
     target:str='prediction',   # whose map: 'prediction' or 'truth'
-    area:Tensor=None,          # (N,H,W) bool from `crops.evidence`, in the loader's order
+    area:Tensor|None=None,     # (N,H,W) bool from `crops.evidence`, in the loader's order
     progress=False,            # show a bar
     size=None,                 # pixels, or (H,W): images are resized to it
     stats=None,                # mean, std to normalise pixels with; None: the model's own

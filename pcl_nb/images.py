@@ -11,6 +11,7 @@ import contextlib, hashlib, io, math, os, shlex, time, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,10 +26,10 @@ from .base.core import InputError, Progress, brief, choose, cores, is_whole, req
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images as decoded: uint8, before any crop."
-    images:object            # (N,3,H,W) uint8; a list of (3,H,W) where sizes differ; or an `OnDisk`
+    images:Any               # (N,3,H,W) uint8; a list of (3,H,W) where sizes differ; or an `OnDisk`
     labels:Tensor            # (N,) int64
     classes:tuple            # class names
-    where:Tensor=None        # (N,H,W) uint8 as in `draw_image`, or None
+    where:Tensor|None=None   # (N,H,W) uint8 as in `draw_image`, or None
 
     def __len__(self): return len(self.labels)
 

@@ -43,8 +43,8 @@ def submodule(
     what:str    # for the message: 'stage3'
 ) -> nn.Module:
     "The submodule called `name`; `InputError` lists the valid names (to a depth of two)."
-    if name in dict(module.named_modules()) and name: return module.get_submodule(name)
-    choose(name, _names(module), f'module for {what}')
+    if not name or name not in dict(module.named_modules()): choose(name, _names(module), f'module for {what}')
+    return module.get_submodule(name)
 
 # %% ../nbs/04_models.ipynb #7078faa7
 class _Reached(Exception):

@@ -367,7 +367,8 @@ def layer_maps(
     require(isinstance(x, Tensor) and x.dim() == 4, 'x is no batch of images (B,C,H,W)')
     def stop(output): raise _Reached(output)
     try: _pass(net, x, layer, stop)
-    except _Reached as reached: return as_maps(reached.args[0], layer.kind, x.shape[-2:])
+    except _Reached as reached: found = reached.args[0]
+    return as_maps(found, layer.kind, x.shape[-2:])
 
 # %% ../nbs/17_networks.ipynb #5b4203e5
 def _impacts(net, x, layer, center):

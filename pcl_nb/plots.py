@@ -284,7 +284,7 @@ def _shift_lines(ax, shifts, colours):
 def focus_by_network(
     table:pd.DataFrame,        # arch, network, seed, bin, share
     colours:dict,              # network -> colour: FIG2 or FIG3
-    shifts:pd.DataFrame=None   # arch, a (network), estimate, low, high: change of the mean against the baseline
+    shifts:pd.DataFrame|None=None   # arch, a (network), estimate, low, high: change of the mean against the baseline
 ) -> Figure:
     "Figures 2 and 3: distributions of several networks, one column per architecture."
     archs = _archs(table)

@@ -60,7 +60,7 @@ def source(
     cls = next((c for form, c in DATA.items() if form.partition(':')[0] == kind), Source)
     if isinstance(cls, str): cls = pkgutil.resolve_name(cls)          # 'module:class', of a later chapter
     found = None if cls is Source else cls.parse(name)
-    require(found, f"unknown data set {brief(name)}; valid: {', '.join(DATA)}")
+    if found is None: raise InputError(f"unknown data set {brief(name)}; valid: {', '.join(DATA)}")
     return found
 
 # %% ../nbs/02_sources.ipynb #f4377b5a

@@ -159,7 +159,7 @@ def evaluate(
 def build_model(
     recipe:Recipe,
     num_classes:int,
-    model:StagedClassifier=None   # a network of your own, instead of `recipe.arch`
+    model:StagedClassifier|None=None   # a network of your own, instead of `recipe.arch`
 ) -> StagedClassifier:
     "The network of a recipe, initialised and prepared by the method."
     method, weights = get_method(recipe.method, **recipe.options), recipe.weights if recipe.weights in PUBLIC else None
@@ -400,10 +400,11 @@ def train_epoch(
 # %% ../nbs/11_training.ipynb #9f8302cb
 def fit(
     recipe:Recipe,
-    model:StagedClassifier=None,   # a network of your own (trained in place); None: the recipe's
+    model:StagedClassifier|None=None,   # a network of your own (trained in place); None: the recipe's
     checkpoint=None,               # resume from it, write to it after each epoch: `runs.Checkpoint`; None: neither
     device=None,                   # default: the fastest of this machine
     progress=True,                 # True: a bar; False: silent; or a function (images done, images in all)
+    log=None                       # a function that the first process calls with the metrics after each epoch
 ) -> Fitted:
     "Train the network of a recipe."
     recipe.check()
@@ -421,6 +422,7 @@ def fit(
                 train_epoch(t, epoch, (meter, report))
             average(b for b in t.model.buffers() if b.is_floating_point())     # running statistics, over the processes
             t.metrics.append(meter.row() | t.validate(epoch + 1))
+            if log and not t.rank: log(t.metrics)
             if checkpoint: checkpoint.write(t.state_dict())
         if not recipe.epochs: t.metrics.append(dict(epoch=0) | t.validate(0))
     return Fitted(t.model.eval(), recipe, t.stats, tuple(t.train.classes), pd.DataFrame(t.metrics),

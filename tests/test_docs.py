@@ -41,6 +41,13 @@ def test_chapters_are_grouped_by_layer(site):
     assert groups['Base'][0] == 'base/00_core' and 'names/data' in groups['Names at the top'] and 'erf' in groups['Experiments']
 
 
+def test_pages_that_build_upon_it_are_listed(site):
+    "A group of their own, and the changes."
+    menu = {re.search('caption-text">([^<]*)', g)[1]: g for g in re.split('class="caption"', (site/'index.html').read_text())[1:]}
+    assert re.findall(r'href="howto/([^"#]*).html"', menu['Built upon']) == ['add_a_claim', 'add_a_data_set', 'add_a_method']
+    assert 'CHANGELOG.html' in menu['More']
+
+
 def test_experiments_show_their_figures(site):
     "Pictures of all committed results, those of one architecture, too."
     for notebook, pictures in {'erf': ['fig5_resnet18', 'fig6_resnet18'], 'qualitative': ['fig4_resnet18'], 'focus_area': ['fig2'],

@@ -161,7 +161,8 @@ def repeatable():
 def default_device(
 ) -> torch.device:  # the accelerator (CUDA, MPS, ...), or the CPU
     "The fastest device of this machine."
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+    found = torch.accelerator.current_accelerator()
+    return found if found is not None and torch.accelerator.is_available() else torch.device('cpu')
 
 # %% ../../nbs/base/00_core.ipynb #78ae045e
 def usable_device(

@@ -230,7 +230,7 @@ def main(
     parser = _parser()
     a, again = parser.parse_args(argv), 'the same command resumes'
     try: return _do(a)
-    except InputError as e: parser.error(str(e))
+    except InputError as e: return parser.error(str(e))
     except OSError as e:
         print(f"error: {e.filename or a.out or results_dir(a.profile)}: {e.strerror or e}; {again}", file=sys.stderr)
         return 1
