@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['FILES', 'FILES_BEFORE', 'run_folder', 'is_complete', 'is_trained', 'run_record', 'noted_progress', 'progress_of',
            'BrokenRun', 'set_aside', 'Checkpoint', 'weights_sum', 'load_run', 'run', 'trained', 'stored', 'val_images',
-           'random_batches', 'docments', 'main']
+           'random_batches', 'main', 'docments']
 
 # %% ../../nbs/lab/01_store.ipynb #125f56b8
-import argparse, contextlib, hashlib, inspect, io, json, os, pickle, re, sys, warnings
+import contextlib, hashlib, io, json, os, pickle, sys, warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 from filelock import FileLock, Timeout
 import numpy as np
@@ -22,16 +21,16 @@ import torch
 import torch.distributed as dist
 
 from ..base.core import (
-    InputError, digest, generator, literal, out_folder, pairs, repeatable, require, revision, runs_dir, sealed,
+    InputError, digest, generator, out_folder, pairs, repeatable, require, revision, runs_dir, sealed,
     to_json, unsealed, usable_device, versions, write_atomic)
 from ..base.distributed import on_first, process_group, shard
-from ..base.valid import kinds, valid
+from ..base.settings import docments  # noqa: F401
+from ..base.arguments import train_parser
 from ..images import ImageSet, pick
-from ..sources import DATA, load
+from ..sources import load
 from ..crops import batches
-from ..pcl import METHODS
 from ..training import Fitted, Recipe, build_model, fit
-from .recipe import PROFILES, recipe_for
+from .recipe import recipe_for
 
 # %% ../../nbs/lab/01_store.ipynb #7dc7dd05
 def run_folder(
@@ -290,46 +289,8 @@ def random_batches(
     "Batches of `val_images`, evaluation crop."
     return batches(val_images(data, recipe, images, val, seed), recipe.scheme, recipe.size, stats, batch)
 
-# %% ../../nbs/lab/01_store.ipynb #ff7a8956
-def docments(
-    cls:type  # a dataclass
-) -> dict:  # field -> the comment on its line
-    "The descriptions of the fields of a dataclass and of its bases."
-    return {k: v for c in reversed(cls.__mro__[:-1])
-        for k, v in re.findall(r'^    (\w+):.*?# (.+)$', inspect.getsource(c), re.M)}
-
-# %% ../../nbs/lab/01_store.ipynb #226d5393
-def _option(parser, name, kind, doc):
-    "An option for a field of the recipe."
-    names = get_args(kind) if get_origin(kind) is Literal else ()
-    def value(text):
-        try: return valid(text if names or kind is str else literal(text), kind, name)
-        except InputError as e: raise argparse.ArgumentTypeError(str(e)) from None
-    parser.add_argument('--' + name.replace('_', '-'), type=value,
-        help=f"{doc}{': '*bool(names)}{', '.join(filter(None, names))}")
-
 # %% ../../nbs/lab/01_store.ipynb #f6589e17
-_EXAMPLES = '''
-examples:
-  python -m pcl_nb.train --arch resnet18 --method pcl
-  python -m pcl_nb.train --profile photos --data folder:my_scenes --method pcl --set tau=0.6 --set mask=soft
-  torchrun --nproc-per-node 4 -m pcl_nb.train --profile paper --data folder:places --method pcl --sync-bn true
-    (four processes share each batch; --batch is still the images a step; any number of processes can resume)'''
-
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m pcl_nb.train', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train one network by a recipe and store it. A stored run is not trained again, '
-            'an interrupted one resumes.',
-        epilog='\n'.join([f"methods: {', '.join(METHODS)}", f"data: {', '.join(DATA)}", _EXAMPLES]))
-    p.add_argument('--profile', default='embedded', help=f"sizes: {', '.join(PROFILES)} (default: embedded)")
-    p.add_argument('--out', help='folder for the run (default: runs/KEY)')
-    p.add_argument('--device', help='cpu, cuda, mps ... (default: the fastest of this machine)')
-    p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE',
-        help='a setting of the method; may be repeated')
-    p.add_argument('--quiet', action='store_true', help='no progress bar')
-    told = docments(Recipe)
-    for name, kind in kinds(Recipe).items(): name == 'options' or _option(p, name, kind, told[name])
-    return p
+_all_ = ['docments']
 
 # %% ../../nbs/lab/01_store.ipynb #e5afcc5e
 def _failure(e, rank):
@@ -349,8 +310,7 @@ def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
     "Train from the command line."
-    parser, rank = _parser(), int(os.environ.get('RANK', 0))
-    if rank: parser.error = lambda message: parser.exit(2, f'process {rank}: {message}\n')     # the first prints usage
+    parser, rank = train_parser(), int(os.environ.get('RANK', 0))
     a = vars(parser.parse_args(argv))
     profile, out, device, quiet, settings = (a.pop(k) for k in ('profile', 'out', 'device', 'quiet', 'set'))
     try:
