@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/names/data.ipynb #7fd32468
+# %% ../nbs/names/data.ipynb #7fd32467
 import sys
 
+from .lab.cli import data as main
+
+# %% ../nbs/names/data.ipynb #a99414e9
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())        # before anything slow is imported
+
+# %% ../nbs/names/data.ipynb #7fd32468
 from .images import *
 from .concepts import *
 from .sources import *
 from .crops import *
 from .lab.packing import *
-
-# %% ../nbs/names/data.ipynb #a99414e9
-#| eval: false
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/names/reproduce.ipynb #1e56434f
+# %% ../nbs/names/reproduce.ipynb #1e56434e
 import sys
 
+from .lab.cli import reproduce as main
+
+# %% ../nbs/names/reproduce.ipynb #616bcb30
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())        # before anything slow is imported
+
+# %% ../nbs/names/reproduce.ipynb #1e56434f
 from .lab.jobs import *
 from .lab.compare import *
 from .lab.report import *
 from .lab.command import *
-from .lab.command import main
-
-# %% ../nbs/names/reproduce.ipynb #616bcb30
-#| eval: false
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -18,6 +18,7 @@ import torch
 from torchvision import datasets
 
 from .base.core import InputError, brief, choose, digest, is_whole, require, resolve, root
+from .base.settings import FORMS
 from .images import (
     Files, ImageSet, _check_size, _checked_folder, _fits, _is_image, _split_folder, base_size, even_sample,
     folder_files, left_behind, load_folder)
@@ -80,7 +81,7 @@ def is_drawn(
 # %% ../nbs/02_sources.ipynb #3b5f3698
 class Concepts(Source):
     "Concept scenes or objects: drawn, as many as one asks for."
-    forms, drawn = ('concept_scenes', 'concept_scenes_hard', 'concept_objects'), True
+    forms, drawn = FORMS['concept'], True
 
     @classmethod
     def parse(cls, name): return cls('concept', name.removeprefix('concept_')) if name in cls.forms else None
@@ -149,7 +150,7 @@ class ImageFiles(Listed):
 # %% ../nbs/02_sources.ipynb #7d3fde12
 class Folder(ImageFiles):
     "An image folder: in memory if it fits."
-    forms = 'folder:PATH',
+    forms = FORMS['folder']
 
     def check(self, trains=True): _checked_folder(self.where, 'train' if trains else 'val')
     def has_train(self): return _split_folder(self.where, 'train').is_dir()
@@ -244,7 +245,7 @@ def _torchvision(name, make):
 # %% ../nbs/02_sources.ipynb #da41b9ee
 class Places365(Published):
     "Places365 at full size."
-    forms, home, published = ('places365:PATH',), 'places365', (1_803_460, 36_500, 365)
+    forms, home, published = FORMS['places365'], 'places365', (1_803_460, 36_500, 365)
     folders = dict(train='data_large_standard', val='val_large')
 
     def official(self, split):
@@ -265,7 +266,7 @@ SMALL_CAP = 1000        # training images a class of places365-small (U12)
 
 class Places365Small(Places365):
     "The 256-pixel release: some images of each class, or those of a list."
-    forms, published = ('places365-small:PATH',), (365*SMALL_CAP, 36_500, 365)
+    forms, published = FORMS['places365_small'], (365*SMALL_CAP, 36_500, 365)
     folders = dict(train='data_256_standard', val='val_256')
 
     @classmethod
@@ -321,7 +322,7 @@ class _ImageNet(datasets.ImageNet):
 # %% ../nbs/02_sources.ipynb #430aaab7
 class ImageNet(Published):
     "ImageNet of 2012."
-    forms, home, published = ('imagenet:PATH',), 'imagenet', (1_281_167, 50_000, 1000)
+    forms, home, published = FORMS['imagenet'], 'imagenet', (1_281_167, 50_000, 1000)
 
     def official(self, split):
         tar, meta = f'ILSVRC2012_img_{split}.tar', self.folder/'meta.bin'
@@ -335,7 +336,7 @@ class ImageNet(Published):
         classes = tuple(c if first.count(c) == 1 else f'{c} ({w})' for c, w in zip(first, d.wnids))    # two cranes
         return d.split_folder, [f[len(d.split_folder) + 1:] for f, _ in d.imgs], d.targets, classes
 
-DATA['packed:PATH'] = 'pcl_nb.lab.packing:PackedSet'             # imported when a name asks for it
+DATA |= dict.fromkeys(FORMS['packed'], 'pcl_nb.lab.packing:PackedSet')       # imported when a name asks for it
 
 # %% ../nbs/02_sources.ipynb #bfb90660
 def load(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/names/train.ipynb #86809321
+# %% ../nbs/names/train.ipynb #86809320
 import sys
 
-from .lab.store import main
+from .lab.cli import train as main
 
 # %% ../nbs/names/train.ipynb #e073ec05
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())        # before anything slow is imported

@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import NBS, check, code_cells, tagged
 from pcl_nb import cam, data, erf, focus_area, losses, methods, models, reproduce, runs, sources, training
-from pcl_nb.base import core, weights
+from pcl_nb.base import core, notebooks, weights
 from pcl_nb.lab import experiment
 from pcl_nb.base.core import InputError
 
@@ -424,6 +424,6 @@ def test_names_with_spaces_and_beyond_ascii(pictures, tmp_path, capsys):
 def test_damaged_notebook_of_an_experiment(tmp_path, monkeypatch, content):
     "A merge conflict or half a file is named, in one line."
     (path := tmp_path/'erf.ipynb').write_text(content)
-    monkeypatch.setattr(experiment, 'notebook_path', lambda name: path)
-    with pytest.raises(InputError, match='is not a notebook') as e: experiment.parameters_of('erf')
+    monkeypatch.setattr(notebooks, 'notebook_path', lambda name: path)
+    with pytest.raises(InputError, match='is not a notebook') as e: notebooks.parameters_of('erf')
     assert str(path) in str(e.value) and '\n' not in str(e.value)

@@ -15,9 +15,6 @@ import tempfile, threading
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-import joblib
-import numpy as np
-import torch
 from tqdm import tqdm
 
 # %% ../../nbs/base/00_core.ipynb #5f062498
@@ -131,8 +128,9 @@ def derive_seed(
 # %% ../../nbs/base/00_core.ipynb #bb3e154b
 def generator(
     *parts  # integers and strings: what the stream belongs to
-) -> torch.Generator:  # on the CPU: the same numbers on every device
+):  # torch.Generator, on the CPU: the same numbers on every device
     "A torch generator that depends only on `parts`."
+    import torch
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 # %% ../../nbs/base/00_core.ipynb #a85ddc9c
@@ -141,6 +139,7 @@ def seeded(
     *parts  # integers and strings: what the global streams should depend on
 ):
     "Context manager: torch's, NumPy's and Python's global generators are seeded; their states are restored afterwards."
+    import numpy as np, torch
     of_numpy, of_python, seed = np.random.get_state(), random.getstate(), derive_seed(*parts)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
@@ -151,6 +150,7 @@ def seeded(
 @contextlib.contextmanager
 def repeatable():
     "Context manager: cuDNN uses kernels that give the same bits again."
+    import torch
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -159,16 +159,18 @@ def repeatable():
 
 # %% ../../nbs/base/00_core.ipynb #efeca372
 def default_device(
-) -> torch.device:  # the accelerator (CUDA, MPS, ...), or the CPU
+):  # torch.device: the accelerator (CUDA, MPS, ...), or the CPU
     "The fastest device of this machine."
+    import torch
     found = torch.accelerator.current_accelerator()
     return found if found is not None and torch.accelerator.is_available() else torch.device('cpu')
 
 # %% ../../nbs/base/00_core.ipynb #78ae045e
 def usable_device(
     device=None  # name or torch.device; None or '': the fastest of this machine
-) -> torch.device:
+):  # torch.device
     "The device, if this machine has it; `InputError` if not."
+    import torch
     fastest = default_device()
     refused, valid = f'device {brief(str(device))} cannot be used here', ', '.join(dict.fromkeys(('cpu', fastest.type)))
     try: found = torch.empty(0, device=fastest if device is None or device == '' else device).device
@@ -181,6 +183,7 @@ def usable_device(
 def cores(
 ) -> int:
     "CPU cores that this process may use: affinity and container limits apply."
+    import joblib
     return joblib.cpu_count()
 
 # %% ../../nbs/base/00_core.ipynb #d1b208ea
@@ -190,6 +193,7 @@ def threads(
 ):
     "Context manager: torch uses `n` CPU threads."
     require(is_whole(n) and n >= 1, f'{brief(n)} threads are not possible; give 1 or more')
+    import torch
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try: yield
@@ -310,6 +314,7 @@ def unsealed(
 def jsonable(o):
     "Dataclasses, paths, NumPy and torch scalars in a form that `json` can write."
     if is_dataclass(o): return asdict(o)
+    import torch
     if isinstance(o, (Path, torch.device, torch.dtype)): return str(o)
     if hasattr(o, 'tolist'): return o.tolist()
     raise TypeError(f'{type(o).__name__} has no JSON form')
@@ -344,6 +349,7 @@ def versions(
 def hardware(
 ) -> dict:  # processor, cores, memory_gb, instructions (AVX512 ...); gpu where there is one
     "The machine, on which speed and the last digits depend."
+    import torch
     def first(path, key):
         with contextlib.suppress(OSError):
             lines = Path(path).read_text().splitlines()

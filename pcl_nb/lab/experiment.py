@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'OBJECT_EPOCHS', 'AS_PUBLISHED', 'APPENDIX', 'CHOICES', 'CLAIM_NEEDS', 'EXPERIMENTS', 'one_of', 'integer',
-           'number', 'or_profile', 'list_of', 'image_files', 'run_counts', 'seeds_of', 'checks', 'notebook_path',
-           'code_cells', 'parameters_of', 'given_parameters', 'check_parameters', 'complete', 'recipe_of', 'accuracies',
-           'settings_text_of', 'data_name', 'row_of', 'accuracy_rows', 'Params', 'Experiment', 'Declared', 'FocusArea',
-           'Qualitative', 'Erf', 'ReluActivity', 'Initialisation', 'TargetClass', 'ErasingMethods', 'OpenChoices',
-           'Calibration', 'Claims']
+           'number', 'or_profile', 'list_of', 'image_files', 'seeds_of', 'checks', 'given_parameters',
+           'check_parameters', 'complete', 'recipe_of', 'accuracies', 'settings_text_of', 'data_name', 'row_of',
+           'accuracy_rows', 'Params', 'Experiment', 'Declared', 'FocusArea', 'Qualitative', 'Erf', 'ReluActivity',
+           'Initialisation', 'TargetClass', 'ErasingMethods', 'OpenChoices', 'Calibration', 'Claims', 'notebook_path',
+           'code_cells', 'parameters_of', 'run_counts']
 
 # %% ../../nbs/lab/06_experiment.ipynb #2fb54c74
-import ast, json, math, time
+import math, time
 from dataclasses import replace
 
 import pandas as pd
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..base.core import (InputError, Progress, _as_text, brief, choose, flag, is_real, is_whole, items_of,
-    out_folder, pairs, require, resolve, results_dir, root, text, usable_device)
+    out_folder, pairs, require, resolve, results_dir, text, usable_device)
+from ..base.settings import run_counts
+from ..base.notebooks import code_cells, notebook_path, parameters_of  # noqa: F401
 from ..base.weights import PUBLIC
 from ..images import LARGEST, images_below
 from ..sources import check_data, fingerprint, is_drawn, load
@@ -111,19 +113,6 @@ def image_files(
         found += files
     return found
 
-# %% ../../nbs/lab/06_experiment.ipynb #a0877973
-def run_counts(
-    given  # 3, '3', '3,resnet18:5'
-) -> dict:  # architecture, or '' for all others -> runs
-    "A check: how many runs of each network."
-    found = {}
-    for part in (given if isinstance(given, str) else brief(given)).replace(' ', '').split(','):
-        arch, _, n = part.rpartition(':')
-        require(n.isdecimal() and len(n) < 4 and 1 <= int(n) <= 100, f'repeats {brief(given)} is not valid; '
-            'give a number of 1 to 100, and others by architecture: 3,resnet18:5')
-        found[choose(arch, ARCHS, 'architecture') if arch else ''] = int(n)
-    return {'': 1, **found}
-
 # %% ../../nbs/lab/06_experiment.ipynb #ae2f5fcc
 def seeds_of(
     params:dict,   # seed, repeats
@@ -163,27 +152,7 @@ def checks(
     return {n: CHECKS[choose(n, CHECKS, 'common parameter')] for n in names.split()}
 
 # %% ../../nbs/lab/06_experiment.ipynb #c3d1ed16
-def notebook_path(name): return root()/'nbs'/f'{name}.ipynb'
-
-def code_cells(
-    notebook:str  # name without ending: 'erf'
-) -> list:  # dicts: source, tags
-    "The code cells of an experiment."
-    path = notebook_path(notebook)
-    require(path.exists(), f'{path} does not exist; an experiment is a notebook in nbs/, run inside a clone')
-    try: cells = json.loads(path.read_text())['cells']
-    except (ValueError, LookupError, TypeError) as e:
-        raise InputError(f'{path} is not a notebook ({brief(e)}); get it again from the repository') from None
-    return [dict(source=''.join(c['source']), tags=c['metadata'].get('tags', [])) for c in cells
-        if c['cell_type'] == 'code']
-
-def parameters_of(
-    notebook:str  # name without ending: 'erf'
-) -> dict:  # name -> default
-    "The parameters that the notebook declares in its cell with the tag `parameters`."
-    cells = [c for c in code_cells(notebook) if 'parameters' in c['tags']]
-    lines = [line for c in cells for line in ast.parse(c['source']).body if isinstance(line, ast.AnnAssign)]
-    return {line.target.id: ast.literal_eval(line.value) for line in lines}
+_all_ = ['notebook_path', 'code_cells', 'parameters_of', 'run_counts']
 
 # %% ../../nbs/lab/06_experiment.ipynb #e547c540
 def given_parameters(

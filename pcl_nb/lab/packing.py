@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'RATED_STATS', 'Packed', 'read_index', 'PackedSet', 'pack', 
            'make_photographs', 'loading_rates']
 
 # %% ../../nbs/lab/03_packing.ipynb #31a5aacd
-import argparse, collections, json, math, os, shutil, sys, tempfile, time
+import collections, json, math, os, shutil, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +24,13 @@ from torchvision.datasets import ImageFolder
 
 from ..base.core import (
     InputError, Progress, brief, cores, is_whole, out_folder, require, resolve, to_json, write_atomic)
+from ..base.settings import FORMS, SKIP
+from ..base.arguments import data_parser
 from ..images import (
-    OnDisk, SKIP, SPLITS, _is_image, _left_out, _split_folder, alike, base_size, decode, even_sample, folder_files,
+    OnDisk, SPLITS, _is_image, _left_out, _split_folder, alike, base_size, decode, even_sample, folder_files,
     images_below, walk)
 from ..concepts import draw_concepts
-from ..sources import DATA, Folder, Listed, _share, check_data, forget, source
+from ..sources import Folder, Listed, _share, check_data, forget, source
 from ..crops import batches
 
 # %% ../../nbs/lab/03_packing.ipynb #a946028b
@@ -73,7 +75,7 @@ def _read_index(file, changed):
 # %% ../../nbs/lab/03_packing.ipynb #58d1aa51
 class PackedSet(Listed):
     "A packed set as a data source."
-    forms = 'packed:PATH',
+    forms = FORMS['packed']
     index = property(lambda self: read_index(self.where))
 
     def check(self, trains=True): self.index
@@ -236,40 +238,12 @@ def _report(name, read=False, skip=False):
     for a, b in alike(s.classes): print(f'{a!r} and {b!r} are two classes: their names differ only in case')
     return 0
 
-# %% ../../nbs/lab/03_packing.ipynb #a2db8e13
-def _pack_options(commands, sets):
-    p = commands.add_parser('pack', help='write a resized, decoded copy',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Write a resized, decoded copy of both splits. After a kill the same command resumes.',
-        epilog='examples:\n  python -m pcl_nb.data pack imagenet:/data/imagenet\n'
-            '  python -m pcl_nb.data pack places365 /fast/places365   (then: --data packed:/fast/places365)')
-    p.add_argument('name', help=sets)
-    p.add_argument('out', nargs='?', help="folder (default: packed-EDGE in the set's own folder, which `load` reads)")
-    p.add_argument('--edge', type=int, default=256,
-        help='pixels of the shorter edge: 256 for 224-pixel input, in proportion for others (default: 256)')
-    p.add_argument('--quiet', action='store_true', help='no progress bar')
-
-def _check_options(commands, sets):
-    p = commands.add_parser('check', help='report what a data set holds, or what is missing')
-    p.add_argument('name', help=f'{sets}; packed:PATH')
-    p.add_argument('--read', action='store_true', help='read every image of folder:PATH, report those that fail')
-    p.add_argument('--skip', action='store_true', help=f'the same, and list those in PATH/{SKIP}, to leave them out')
-
 # %% ../../nbs/lab/03_packing.ipynb #92f28dd1
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m pcl_nb.data',
-        description='Check a data set, or pack it: decode and resize it once.')
-    commands = p.add_subparsers(dest='command', required=True)
-    files = ', '.join(form for form in DATA if ':' in form and form not in PackedSet.forms)
-    sets = f'data set: {files}; the published ones also without PATH'
-    _pack_options(commands, sets); _check_options(commands, sets)
-    return p
-
 def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
     "Check or pack from the command line."
-    parser = _parser()
+    parser = data_parser()
     a = parser.parse_args(argv)
     try:
         if a.command == 'check': return _report(a.name, a.read, a.skip)
