@@ -18,7 +18,7 @@ import torch
 
 from conftest import NBS, ROOT, check, code_cells, contents, tagged
 from pcl_nb import data, models, reproduce, runs
-from pcl_nb.base import core, weights
+from pcl_nb.base import core, fetch, weights
 from pcl_nb.lab import report
 
 QUICK = runs.recipe_for('smoke')
@@ -230,11 +230,11 @@ def test_downloads_are_hashed():
     "Over https; CSAIL's server has had http only: what comes from there is refused unless a whole SHA-256, ours or the user's, says that it is the file."
     for source, public in weights.PUBLIC.items():
         for arch, name in public.files.items():
-            wanted = weights._expected(ROOT/'nowhere'/name, public.sums.get(name))
+            wanted = fetch.expected_sum(ROOT/'nowhere'/name, public.sums.get(name))
             assert public.url.startswith('https://') and re.fullmatch('[0-9a-f]{8,64}',
                 wanted) or wanted is None or re.fullmatch('[0-9a-f]{64}', wanted), (source, arch)
     assert [s for s, p in weights.PUBLIC.items() if not p.url.startswith('https://')] == ['places365']
-    assert weights._expected(ROOT/'nowhere'/'resnet18_places365.pth.tar', None) is None        # tests/test_weights.py: and so it is refused
+    assert fetch.expected_sum(ROOT/'nowhere'/'resnet18_places365.pth.tar') is None        # tests/test_weights.py: and so it is refused
 
 
 # Parameters that look like code
