@@ -214,7 +214,7 @@ def test_list_of_classes_runs_no_code(tmp_path, form):
 
 @pytest.mark.parametrize('archive', ['ILSVRC2012_devkit_t12.tar.gz', 'ILSVRC2012_img_val.tar'])
 def test_members_of_an_archive_cannot_leave_their_folder(nothing_ran, archive):
-    "The only archives that are ever unpacked are ImageNet's, by torchvision and only with their known sums: another one is refused unopened."
+    "ImageNet's archives are unpacked by torchvision, and only with their known sums: another one is refused unopened."
     where = nothing_ran/'imagenet'
     name = imagenet(where, FORMS['zip']((dict(n01440764=('tench',)), ['n01440764'])))
     if 'devkit' in archive: (where/'meta.bin').unlink()
@@ -315,13 +315,14 @@ def test_nothing_is_evaluated_or_given_to_a_shell():
 
 
 def test_nothing_is_unpickled_or_unpacked():
-    "torch.load takes weights only, numpy.load no objects, YAML plain values; archives are not unpacked here."
+    "torch.load takes weights only, numpy.load no objects, YAML plain values; archives are read member by member, in one chapter."
     found = list(calls())
     assert {k.get('weights_only') for _, n, k in found if n == 'torch.load'} == {'True'}
     assert {k.get('allow_pickle') for _, n, k in found if n in ('np.load', 'numpy.load')} == {'False'}
     assert [(w, n) for w, n, _ in found if re.fullmatch(r'yaml\.\w*load\w*', n) and n != 'yaml.safe_load'] == []
     bad = re.compile(r'((c?pickle|cloudpickle|dill|marshal|shelve)\..*|joblib\.load|(pd|pandas)\.read_pickle|torch\.hub\.load.*|(tarfile|zipfile)\..*|shutil\.unpack_archive|.*\.extractall|extract_archive)$')
-    assert [(w, n) for w, n, _ in found if bad.match(n)] == []
+    reads = {'tarfile.open', 'zipfile.ZipFile', 'zipfile.is_zipfile'}       # member by member: tests/test_fetch.py
+    assert [(w, n) for w, n, _ in found if bad.match(n) and not (n in reads and 'photographs' in w)] == []
     taken = [(w, a.name) for w, code in sources() for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)
         for a in node.names
              if (node.module or '').split('.')[0] in ('pickle', 'marshal', 'shelve', 'os', 'subprocess', 'tarfile', 'zipfile', 'shutil')]

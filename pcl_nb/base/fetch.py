@@ -6,7 +6,7 @@
 __all__ = ['expected_sum', 'sum_of', 'record_sum', 'check_sum', 'download', 'fetched']
 
 # %% ../../nbs/base/02_fetch.ipynb #0f10c643
-import errno, hashlib, http.client, os, re, shutil, urllib.error, urllib.request
+import contextlib, errno, hashlib, http.client, os, re, shutil, urllib.error, urllib.request
 from pathlib import Path
 
 from filelock import FileLock
@@ -58,12 +58,13 @@ def check_sum(
 
 # %% ../../nbs/base/02_fetch.ipynb #9932f7c9
 def _ask(url, part, tag):
-    "The response with a file or the rest of it, and the number of bytes that precede it."
+    "The response with a file or the rest of it (None: nothing is missing), and the number of bytes that precede it."
     have = part.stat().st_size if part.exists() and tag.exists() else 0
     rest = {'Range': f'bytes={have}-', 'If-Range': tag.read_text()} if have else {}
     try: answer = urllib.request.urlopen(urllib.request.Request(url, headers=rest), timeout=60)
     except urllib.error.HTTPError as e:
         if e.code != 416: raise                                          # 416: there are no bytes after these
+        if e.headers.get('Content-Range') == f'bytes */{have}': return None, have
         answer, have = urllib.request.urlopen(url, timeout=60), 0
     continues = (answer.headers.get('Content-Range') or '').startswith(f'bytes {have}-')
     return answer, have if have and answer.status == 206 and continues else 0
@@ -102,7 +103,8 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         answer, start = _ask(url, part, tag)
-        with answer: _save(url, answer, start, part, tag, path.name, progress)
+        with answer or contextlib.nullcontext():
+            if answer: _save(url, answer, start, part, tag, path.name, progress)
         os.replace(part, path); tag.unlink(missing_ok=True)
     except InputError: raise
     except (OSError, ValueError, http.client.HTTPException) as e:            # urllib's errors are OSErrors

@@ -97,10 +97,11 @@ EXAMPLES = """
   pcl-reproduce --profile paper --dry-run --tflops 87
   pcl-reproduce --profile paper --engine dask:tcp://192.168.0.1:8786
   pcl-reproduce --engine dask:/shared/dask.json
-  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html"""
+  pcl-reproduce --scenes folder:my/scenes --objects folder:my/objects --archs resnet18 --html
+  pcl-reproduce --scenes places365-val --objects imagenette --archs resnet18   (python -m pcl_nb.data fetch NAME)"""
 
 def _data_help(kind, drawn, paper):
-    return f'{kind} data: {drawn}, {paper} or folder:PATH (default: {drawn}; at profile paper {paper})'
+    return f'{kind} data: {drawn}, {paper}, folder:PATH, or a name that `python -m pcl_nb.data fetch` takes (default: {drawn}; at profile paper {paper})'
 
 # %% ../../nbs/lab/10_command.ipynb #6961991f
 VALUES = {      # option -> default, form of a value, help

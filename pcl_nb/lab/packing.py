@@ -30,6 +30,7 @@ from ..images import (
 from ..concepts import draw_concepts
 from ..sources import DATA, Folder, Listed, _share, check_data, forget, source
 from ..crops import batches
+from ..photographs import ORIGINS, PICKED, differences, fetch, read_manifest
 
 # %% ../../nbs/lab/03_packing.ipynb #a946028b
 class Packed(OnDisk):
@@ -236,6 +237,25 @@ def _report(name, read=False, skip=False):
     for a, b in alike(s.classes): print(f'{a!r} and {b!r} are two classes: their names differ only in case')
     return 0
 
+# %% ../../nbs/lab/03_packing.ipynb #fe7c4a10
+def _compare(name, manifest):
+    "Print how a folder differs from a manifest; return the exit code."
+    kinds = [form.partition(':')[0] for form in DATA]
+    folder = source(name).folder if name.partition(':')[0] in kinds else resolve(name)
+    require(folder, f'{name} is not a folder of image files; give a folder')
+    listed = read_manifest(manifest)
+    found = differences(folder, listed)
+    for what, files in found.items():
+        if files: print(f"{what}: {len(files)}, {', '.join(files[:3])}{', ...'*(len(files) > 3)}")
+    print(f"{len(listed) - len(found['missing']) - len(found['different'])} of {len(listed)} files are as listed")
+    return int(any(found.values()))
+
+def _fetch(name, progress):
+    "Fetch a set and print what it holds; return the exit code."
+    folder = fetch(name, progress)
+    print(f'{folder}: complete')
+    return _report(name)
+
 # %% ../../nbs/lab/03_packing.ipynb #a2db8e13
 def _pack_options(commands, sets):
     p = commands.add_parser('pack', help='write a resized, decoded copy',
@@ -254,25 +274,34 @@ def _check_options(commands, sets):
     p.add_argument('name', help=f'{sets}; packed:PATH')
     p.add_argument('--read', action='store_true', help='read every image of folder:PATH, report those that fail')
     p.add_argument('--skip', action='store_true', help=f'the same, and list those in PATH/{SKIP}, to leave them out')
+    p.add_argument('--manifest', help=f"compare the files with a list as `sha256sum` writes it: {', '.join(PICKED)}, "
+        'or a file; then NAME may be any folder')
+
+def _fetch_options(commands, sets):
+    p = commands.add_parser('fetch', help='download photographs, checked and sorted into classes',
+        description='Download photographs and sort them into classes. After an interruption the same command resumes.')
+    p.add_argument('name', help=f"{', '.join((*ORIGINS, *PICKED))}; kept in $PCL_NB_DATA, or in NAME:PATH")
+    p.add_argument('--quiet', action='store_true', help='no progress bar')
 
 # %% ../../nbs/lab/03_packing.ipynb #92f28dd1
 def _parser():
     p = argparse.ArgumentParser(prog='python -m pcl_nb.data',
-        description='Check a data set, or pack it: decode and resize it once.')
+        description='Fetch a data set, check it, or pack it: decode and resize it once.')
     commands = p.add_subparsers(dest='command', required=True)
     files = ', '.join(form for form in DATA if ':' in form and form not in PackedSet.forms)
     sets = f'data set: {files}; the published ones also without PATH'
-    _pack_options(commands, sets); _check_options(commands, sets)
+    for add in _fetch_options, _check_options, _pack_options: add(commands, sets)
     return p
 
 def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
-    "Check or pack from the command line."
+    "Fetch, check or pack from the command line."
     parser = _parser()
     a = parser.parse_args(argv)
     try:
-        if a.command == 'check': return _report(a.name, a.read, a.skip)
+        if a.command == 'check': return _compare(a.name, a.manifest) if a.manifest else _report(a.name, a.read, a.skip)
+        if a.command == 'fetch': return _fetch(a.name, not a.quiet)
         print(pack(a.name, a.out, a.edge, not a.quiet))
     except InputError as e: parser.error(str(e))
     except KeyboardInterrupt: print('interrupted; the same command resumes', file=sys.stderr); return 130
