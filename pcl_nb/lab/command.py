@@ -101,7 +101,8 @@ EXAMPLES = """
   pcl-reproduce --scenes places365-val --objects imagenette --archs resnet18   (python -m pcl_nb.data fetch NAME)"""
 
 def _data_help(kind, drawn, paper):
-    return f'{kind} data: {drawn}, {paper}, folder:PATH, or a name that `python -m pcl_nb.data fetch` takes (default: {drawn}; at profile paper {paper})'
+    return (f'{kind} data: {drawn}, {paper}, folder:PATH, or a set of `python -m pcl_nb.data fetch` '
+        f'(default: {drawn}; at profile paper {paper})')
 
 # %% ../../nbs/lab/10_command.ipynb #6961991f
 VALUES = {      # option -> default, form of a value, help
