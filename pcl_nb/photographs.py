@@ -134,7 +134,8 @@ def read_manifest(
     "The images of a folder, as listed in a manifest."
     file = importlib.resources.files('pcl_nb')/'manifests'/f'{name}.sha256' if name in PICKED else resolve(name)
     if not file.is_file(): choose(name, PICKED, 'manifest (no such file)')
-    found = [re.fullmatch(r'([0-9a-f]{64}) [ *](\S.*)', line) for line in file.read_text().splitlines()]
+    lines = file.read_text(errors='replace').splitlines()
+    found = [re.fullmatch(r'([0-9a-f]{64}) [ *](\S.*)', line) for line in lines]
     require(found and all(found), f'{brief(name)} is not a manifest; give lines as `sha256sum` writes them')
     return {m[2].removeprefix('./'): m[1] for m in found}
 
