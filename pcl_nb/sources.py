@@ -8,7 +8,7 @@ __all__ = ['DATA', 'SMALL_CAP', 'Source', 'source', 'parse_name', 'is_drawn', 'C
            'check_data', 'fingerprint', 'forget']
 
 # %% ../nbs/02_sources.ipynb #9c56dcd7
-import contextlib, hashlib, math, os, pickle, pkgutil
+import contextlib, difflib, hashlib, math, os, pickle, pkgutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +61,9 @@ def source(
     cls = next((c for form, c in DATA.items() if form.partition(':')[0] == kind), Source)
     if isinstance(cls, str): cls = pkgutil.resolve_name(cls)          # 'module:class', of a later chapter
     found = None if cls is Source else cls.parse(name)
-    if found is None: raise InputError(f"unknown data set {brief(name)}; valid: {', '.join(DATA)}")
+    near = difflib.get_close_matches(str(kind), [form.partition(':')[0] for form in DATA], 1)
+    hint = f' (did you mean {near[0]!r}?)' if near and not found else ''
+    require(found, f"unknown data set {brief(name)}{hint}; valid: {', '.join(DATA)}")
     return found
 
 # %% ../nbs/02_sources.ipynb #f4377b5a
@@ -337,6 +339,7 @@ class ImageNet(Published):
         return d.split_folder, [f[len(d.split_folder) + 1:] for f, _ in d.imgs], d.targets, classes
 
 DATA |= dict.fromkeys(FORMS['packed'], 'pcl_nb.lab.packing:PackedSet')       # imported when a name asks for it
+DATA |= dict.fromkeys(FORMS['fetched'], 'pcl_nb.photographs:Fetched')
 
 # %% ../nbs/02_sources.ipynb #bfb90660
 def load(

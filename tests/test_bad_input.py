@@ -134,7 +134,11 @@ DATA = [[], ['unpack'], ['pack'], ['pack', 'nowhere'], ['pack', SNOW], ['pack', 
     ['pack', 'FOLDER', 'settings.ini'], ['pack', 'FOLDER', LONG], ['pack', 'FOLDER', '~no_such_user/x'], ['check'], ['check', 'nowhere'],
     ['check', 'packed:nowhere'], ['check', 'places365:nowhere'], ['check', 'imagenet:nowhere'],
     ['check', 'concept_scenes'], ['check', 'concept_scenes', '--skip'], ['check', 'imagenet:nowhere', '--skip'],
-    ['check', 'folder:~no_such_user'], ['check', 'folder:settings.ini', '--read']]
+    ['check', 'folder:~no_such_user'], ['check', 'folder:settings.ini', '--read'], ['check', 'imagenette:nowhere'],
+    ['check', 'nowhere', '--manifest', 'photos-scenes'], ['check', 'FOLDER', '--manifest', 'photos'], ['check', 'nbs', '--manifest', 'nbs'],
+    ['check', 'concept_scenes', '--manifest', 'photos-scenes'], ['check', 'nbs', '--manifest', 'figures/embedded/fig1.png'],
+    ['fetch'], ['fetch', ''], ['fetch', SNOW], ['fetch', 'places365'], ['fetch', 'imagenette:settings.ini'], ['fetch', f'imagenette:{LONG}'],
+    ['fetch', 'imagenette:~no_such_user'], ['fetch', 'imagenette:nbs'], ['fetch', 'miniplaces:/']]
 LINES = ([(runs.main, ['--profile', 'smoke', '--quiet', *a])
     for a in TRAINING] + [(reproduce.main, ['--profile', 'smoke', '--quiet', *a]) for a in REPRODUCE] + [(data.main, a) for a in DATA])
 

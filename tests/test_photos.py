@@ -42,3 +42,9 @@ def test_a_network_trains_on_photographs(name):
     assert len(fitted.classes) == 20 and np.isfinite(fitted.metrics.to_numpy()).all()
     start = training.build_model(recipe, 20).head.weight
     assert torch.isfinite(fitted.model.head.weight).all() and not torch.equal(fitted.model.head.weight.cpu(), start)
+
+
+def test_photographs_are_those_of_the_manifest(name):
+    "Every file has the SHA-256 that the package lists for it."
+    found = data.differences(data.source(name).folder, data.read_manifest(f"photos-{name.rpartition('/')[2]}"), progress=False)
+    assert not any(found.values())

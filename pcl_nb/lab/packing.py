@@ -30,8 +30,9 @@ from ..images import (
     OnDisk, SPLITS, _is_image, _left_out, _split_folder, alike, base_size, decode, even_sample, folder_files,
     images_below, walk)
 from ..concepts import draw_concepts
-from ..sources import Folder, Listed, _share, check_data, forget, source
+from ..sources import DATA, Folder, Listed, _share, check_data, forget, source
 from ..crops import batches
+from ..photographs import differences, fetch, read_manifest
 
 # %% ../../nbs/lab/03_packing.ipynb #a946028b
 class Packed(OnDisk):
@@ -238,15 +239,35 @@ def _report(name, read=False, skip=False):
     for a, b in alike(s.classes): print(f'{a!r} and {b!r} are two classes: their names differ only in case')
     return 0
 
+# %% ../../nbs/lab/03_packing.ipynb #fe7c4a10
+def _compare(name, manifest):
+    "Print how a folder differs from a manifest; return the exit code."
+    kinds = [form.partition(':')[0] for form in DATA]
+    folder = source(name).folder if name.partition(':')[0] in kinds else resolve(name)
+    require(folder, f'{name} is not a folder of image files; give a folder')
+    listed = read_manifest(manifest)
+    found = differences(folder, listed)
+    for what, files in found.items():
+        if files: print(f"{what}: {len(files)}, {', '.join(files[:3])}{', ...'*(len(files) > 3)}")
+    print(f"{len(listed) - len(found['missing']) - len(found['different'])} of {len(listed)} files are as listed")
+    return int(any(found.values()))
+
+def _fetch(name, progress):
+    "Fetch a set and print what it holds; return the exit code."
+    folder = fetch(name, progress)
+    print(f'{folder}: complete')
+    return _report(name)
+
 # %% ../../nbs/lab/03_packing.ipynb #92f28dd1
 def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
-    "Check or pack from the command line."
+    "Fetch, check or pack from the command line."
     parser = data_parser()
     a = parser.parse_args(argv)
     try:
-        if a.command == 'check': return _report(a.name, a.read, a.skip)
+        if a.command == 'check': return _compare(a.name, a.manifest) if a.manifest else _report(a.name, a.read, a.skip)
+        if a.command == 'fetch': return _fetch(a.name, not a.quiet)
         print(pack(a.name, a.out, a.edge, not a.quiet))
     except InputError as e: parser.error(str(e))
     except KeyboardInterrupt: print('interrupted; the same command resumes', file=sys.stderr); return 130
