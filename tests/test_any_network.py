@@ -74,9 +74,10 @@ def test_scenes_of_photographs():
 def test_one_line_names_what_is_valid(name, value, said, capsys):
     "In the command, exit code 2 and the same line."
     args = [value] if name == 'networks' else ['torchvision:squeezenet1_1@none', f'--{name}', str(value)]
-    with pytest.raises(SystemExit) as e: survey.main([*args, '--images', '1', '--device', 'cpu', '--quiet'][:None if name != 'images' else -3])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and lines[-1].startswith('pcl-measure: error: ') and said in lines[-1].replace('invalid int value', 'is not a whole number')
+    options = ['--device', 'cpu', '--quiet', *(['--images', '1'] if name != 'images' else [])]
+    with pytest.raises(SystemExit) as e: survey.main([*args, *options])
+    last = capsys.readouterr().err.strip().splitlines()[-1].replace('invalid int value', 'is not a whole number')
+    assert e.value.code == 2 and last.startswith('pcl-measure: error: ') and said in last
 
 
 def test_damaged_photograph_is_named(tmp_path, capsys):

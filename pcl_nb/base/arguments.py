@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TFLOPS', 'EXAMPLES', 'VALUES', 'SWITCHES', 'checked', 'train_parser', 'check_train', 'data_parser', 'check_set',
-           'reproduce_parser', 'check_reproduce']
+           'measure_parser', 'check_measure', 'reproduce_parser', 'check_reproduce']
 
 # %% ../../nbs/base/07_arguments.ipynb #7f991003
 import argparse, math, os
 from typing import Literal, get_args, get_origin
 
-from .core import InputError, choose, literal, out_folder, pairs, require, resolve
+from .core import InputError, brief, choose, literal, out_folder, pairs, require, resolve
 from .valid import Count, Positive, kinds, valid
 from .settings import (
-    ARCHS, ENGINES, FETCHED, FORMS, LOGS, METHOD_NAMES, PICKED, PROFILES, SKIP, Settings, check_engine, docments,
-    known_data, run_counts)
+    ARCHS, ENGINES, FETCHED, FORMS, LOGS, METHOD_NAMES, NAMED, PICKED, PROFILES, RULES, SKIP, Settings,
+    check_engine, docments, known_data, run_counts)
 from .notebooks import manifest
 
 # %% ../../nbs/base/07_arguments.ipynb #7f991005
@@ -121,6 +121,44 @@ def check_set(a):
     "Check the name of the data set."
     if a.command == 'fetch': choose(a.name.partition(':')[0], (*FETCHED, *PICKED), 'data set to fetch')
     elif not getattr(a, 'manifest', None): known_data(a.name)
+
+# %% ../../nbs/base/07_arguments.ipynb #b9f14cb0
+def measure_parser(
+) -> argparse.ArgumentParser:
+    "`pcl-measure`."
+    p = argparse.ArgumentParser(prog='pcl-measure', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Receptive fields and focus areas of networks, by name, on photographs.', epilog=f"""
+names of networks: {', '.join(NAMED)}; @none: untrained
+
+examples:
+  pcl-measure efficientnet_lite0
+  pcl-measure torchvision:resnet18 places365:resnet18 --photos my_photos
+  pcl-measure file:mine.pth@resnet50 --photos a.jpg,b.jpg --layers layer3 --center 3:4""")
+    add = p.add_argument
+    add('networks', nargs='+', metavar='NETWORK', help='the first one is compared with')
+    add('--photos', default='', metavar='PATH,...', help='images, folders of images (default: of installed packages)')
+    add('--images', type=int, default=0, metavar='N', help='at most so many, evenly spaced (default: all)')
+    add('--layers', default='', metavar='NAME,...', help='dotted names of modules (default: the stages)')
+    add('--center', default='floor', help='measured unit: floor, mean4, row:column (default: floor)')
+    add('--rule', default='threshold', help=f"focus area: {', '.join(RULES)} (default: threshold)")
+    add('--tau', type=float, default=.5, help='threshold, or share of the positive mass (default: 0.5)')
+    add('--size', type=int, default=0, metavar='PX', help="sides of the images (default: each network's own)")
+    add('--batch', type=int, default=16, metavar='N', help='images at a time (default: 16)')
+    add('--bootstrap', type=int, default=200, metavar='N', help='replicates behind an interval (default: 200)')
+    add('--seed', type=int, default=0, help='of the bootstrap (default: 0)')
+    add('--device', default='', help='cpu, cuda, mps ... (default: the fastest of this machine)')
+    add('--out', default='', help='folder for the results (default: results/measured)')
+    add('--quiet', action='store_true', help='no progress bars')
+    return p
+
+def check_measure(a):
+    "Check the names of the networks as far as they are known without loading a library."
+    kinds = [form.partition(':')[0] for form in NAMED]
+    for name in a.networks:
+        require(name.partition(':')[0].partition('@')[0] in kinds, f"unknown network {brief(name)}; give "
+            f"{', '.join(NAMED)}{f', as torchvision:{name}' if name.isidentifier() else ''}")
+    choose(a.rule, RULES, 'rule')
+    out_folder(a.out)
 
 # %% ../../nbs/base/07_arguments.ipynb #7f991013
 TFLOPS = {'core': .35, 'GPU': 40.}      # 10^12 operations a second; the chapter command explains them

@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..base.core import (InputError, Progress, _as_text, brief, choose, flag, is_real, is_whole, items_of,
     out_folder, pairs, require, resolve, results_dir, text, usable_device)
-from ..base.settings import run_counts
+from ..base.settings import check_arch, run_counts
 from ..base.notebooks import code_cells, notebook_path, parameters_of  # noqa: F401
 from ..base.weights import PUBLIC
 from ..images import LARGEST, images_below
@@ -42,12 +42,13 @@ from .results import markdown_table, measurements, record, save_result, save_tab
 def one_of(
     valid,     # values to choose from
     what:str,  # for the message
+    check_one=None   # check of the value; None: it is in `valid`
 ):
     "A check: the value is one of `valid`."
     def check(value):
         several = isinstance(value, (list, tuple)) or isinstance(value, str) and (',' in value or value[:1] == '[')
         require(not several, f"{brief(value)} is a list; give one {what}: {', '.join(map(str, valid))}")
-        return choose(value, valid, what)
+        return check_one(value) if check_one else choose(value, valid, what)
     return check
 
 # %% ../../nbs/lab/06_experiment.ipynb #f4ca5794
@@ -126,14 +127,8 @@ def seeds_of(
 # %% ../../nbs/lab/06_experiment.ipynb #4be258eb
 def _data(name): return check_data(name, trains=False)
 
-def _arch(value):
-    "A check: an architecture that can be trained by name; other networks have their own experiment."
-    require(not isinstance(value, str) or ':' not in value and not value.startswith('efficientnet_lite0'),
-        f'{brief(value)} is not trained here: papermill nbs/any_network.ipynb out.ipynb -p networks {value}')
-    return one_of(ARCHS, 'architecture')(value)
-
 CHECKS = dict(
-    arch=_arch, archs=list_of(_arch),
+    arch=one_of(ARCHS, 'architecture', check_arch), archs=list_of(check_arch),
     profile=one_of(PROFILES, 'profile'), scenes=_data, objects=_data, images=or_profile(integer(1)),
     size=or_profile(integer(16, LARGEST)),
     scheme=one_of(SCHEMES, 'scheme'), init=one_of(INITS, 'initialisation'), pcl=pairs, epochs=or_profile(integer(1)),

@@ -7,7 +7,7 @@ __all__ = ['SAMPLES', 'CHECKS', 'fit', 'photographs', 'sample_photographs', 'cho
            'differences', 'surveyed', 'readable', 'main']
 
 # %% ../../nbs/lab/13_survey.ipynb #9a635787
-import argparse, importlib.util, math, re, sys, time
+import importlib.util, math, re, sys, time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +20,11 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from .. import erf, networks
 from ..base.core import (InputError, Progress, brief, items_of, out_folder, require, resolve,
     results_dir, text, usable_device, write_atomic)
+from ..base.settings import NAMED, RULES
+from ..base.arguments import measure_parser
 from ..images import LARGEST, decode
 from ..inputs import loaded
-from ..focus_area import RULES, summary
+from ..focus_area import summary
 from ..erf import WeightedMeans, erf_size, impact_histogram, interval, poisson_weights
 from ..statistics import draws, relative
 from .experiment import check_parameters, image_files, integer, number, one_of
@@ -209,7 +211,7 @@ def differences(
 # %% ../../nbs/lab/13_survey.ipynb #19a6d290
 def _names(value):
     found = [n for n in items_of(value, blanks=False) if n.strip()]
-    require(found, f'names no network; give {", ".join(networks.FORMS)}, several with commas')
+    require(found, f'names no network; give {", ".join(NAMED)}, several with commas')
     return list(dict.fromkeys(found))
 
 def _unit(value):
@@ -253,32 +255,6 @@ def readable(
 
 # %% ../../nbs/lab/13_survey.ipynb #c07972cf
 def _file_name(name): return re.sub(r'[^\w.-]+', '-', name).strip('-')
-
-def _parser():
-    p = argparse.ArgumentParser(prog='pcl-measure', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Receptive fields and focus areas of networks, by name, on photographs.', epilog=f"""
-names of networks: {', '.join(networks.FORMS)}; @none: untrained
-
-examples:
-  pcl-measure efficientnet_lite0
-  pcl-measure torchvision:resnet18 places365:resnet18 --photos my_photos
-  pcl-measure file:mine.pth@resnet50 --photos a.jpg,b.jpg --layers layer3 --center 3:4""")
-    add = p.add_argument
-    add('networks', nargs='+', metavar='NETWORK', help='the first one is compared with')
-    add('--photos', default='', metavar='PATH,...', help='images, folders of images (default: of installed packages)')
-    add('--images', type=int, default=0, metavar='N', help='at most so many, evenly spaced (default: all)')
-    add('--layers', default='', metavar='NAME,...', help='dotted names of modules (default: the stages)')
-    add('--center', default='floor', help='measured unit: floor, mean4, row:column (default: floor)')
-    add('--rule', default='threshold', help=f"focus area: {', '.join(RULES)} (default: threshold)")
-    add('--tau', type=float, default=.5, help='threshold, or share of the positive mass (default: 0.5)')
-    add('--size', type=int, default=0, metavar='PX', help="sides of the images (default: each network's own)")
-    add('--batch', type=int, default=16, metavar='N', help='images at a time (default: 16)')
-    add('--bootstrap', type=int, default=200, metavar='N', help='replicates behind an interval (default: 200)')
-    add('--seed', type=int, default=0, help='of the bootstrap (default: 0)')
-    add('--device', default='', help='cpu, cuda, mps ... (default: the fastest of this machine)')
-    add('--out', default='', help='folder for the results (default: results/measured)')
-    add('--quiet', action='store_true', help='no progress bars')
-    return p
 
 # %% ../../nbs/lab/13_survey.ipynb #b70020e6
 def _overlays(folder, rows, net):
@@ -327,7 +303,7 @@ def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
     "Measure networks from the command line."
-    parser = _parser()
+    parser = measure_parser()
     a = parser.parse_args(argv)
     try: _do(a)
     except InputError as e: parser.error(str(e))
