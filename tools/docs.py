@@ -103,7 +103,7 @@ def stage(src: Path):
     shutil.copytree(ROOT/'figures', src/'figures', ignore=unshown)
     for table in src.glob('figures/*/*.md'): table.write_text(f'# {table.stem}\n\n{table.read_text()}')   # a page has a title
     for name in 'CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE': shutil.copy(ROOT/name, src)
-    shutil.copytree(ROOT/'howto', src/'howto')
+    for folder in 'howto', 'reference': shutil.copytree(ROOT/folder, src/folder)
     listed, pictures = notebooks(), results(ROOT/'figures'/'embedded')
     for name in (n for names in listed.values() for n in names):
         target = src/'nbs'/f'{name}.ipynb'
@@ -111,6 +111,7 @@ def stage(src: Path):
         nbformat.write(page(NBS/f'{name}.ipynb', pictures.get(name, [])), target)
     trees = [toctree(caption, [f'nbs/{n}' for n in names]) for caption, names in listed.items()]
     trees.append(toctree('Built upon', [f'howto/{p.stem}' for p in sorted((ROOT/'howto').glob('*.md'))]))
+    trees.append(toctree('Reference', [f'reference/{p.stem}' for p in sorted((ROOT/'reference').glob('*.md'))]))
     trees.append(toctree('More', ['Results <figures/README>', 'CONTRIBUTING', 'CHANGELOG']))
     (src/'index.md').write_text('\n'.join([render(NBS/'index.ipynb'), *trees]))
 
