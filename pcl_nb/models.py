@@ -32,7 +32,8 @@ def unwrapped(
     while inner(net) is not None: net = inner(net)
     require(not isinstance(net, torch.jit.ScriptModule), f'{type(net).__name__} is a TorchScript module, '
         'whose stages cannot be observed; give the original nn.Module')
-    require(isinstance(net, nn.Module), f'{brief(net)} is not a network; give an nn.Module')
+    require(isinstance(net, nn.Module),
+        f'{brief(net)} is not a network; give an nn.Module, as networks.classifier makes one of a name')
     return net
 
 # %% ../nbs/04_models.ipynb #8897feba

@@ -240,6 +240,9 @@ def check_reproduce(a):
     for arch in a.archs.replace(',', ' ').split(): choose(arch, ARCHS, 'architecture')
     choose(a.profile, PROFILES, 'profile')
     for name in filter(None, (a.scenes, a.objects)): known_data(name)
+    drawn = [o for o in ('scenes', 'objects') if (getattr(a, o) or 'concept').startswith('concept')]
+    require(a.profile != 'photos' or not drawn or a.compare or a.publish or a.gallery, 'profile photos takes '
+        f"photographs; give {' and '.join(f'--{o}' for o in drawn)}: folder:PATH, or {', '.join(FETCHED)}")
     if a.repeats is not None: run_counts(a.repeats)
     for name, value in (('workers', a.workers), ('seed', a.seed)): valid(value or 0, Count, name)
     if a.epochs not in (None, -1): valid(a.epochs, Positive, 'epochs')
