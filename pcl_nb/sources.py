@@ -63,7 +63,7 @@ def source(
     found = None if cls is Source else cls.parse(name)
     near = difflib.get_close_matches(str(kind), [form.partition(':')[0] for form in DATA], 1)
     hint = f' (did you mean {near[0]!r}?)' if near and not found else ''
-    require(found, f"unknown data set {brief(name)}{hint}; valid: {', '.join(DATA)}")
+    if found is None: raise InputError(f"unknown data set {brief(name)}{hint}; valid: {', '.join(DATA)}")
     return found
 
 # %% ../nbs/02_sources.ipynb #f4377b5a

@@ -19,7 +19,7 @@ from pcl_nb.lab import experiment
 from pcl_nb.base.core import InputError
 
 nan, inf, LONG, SNOW = math.nan, math.inf, 'x'*100_000, 'naïve ☃'
-SAYS = 'valid:', 'is not valid; give', 'is not a', 'give ', 'neither True nor False', 'not name=value', 'cannot be', 'makes one'     # one of these leads to what is valid
+SAYS = 'valid:', 'is not valid; give', 'is not a', 'give ', 'neither True nor False', 'not name=value', 'some of ', 'nearest of ', 'cannot be', 'makes one'     # one of these leads to what is valid
 
 
 def one_line(said, *names):
@@ -46,9 +46,10 @@ BAD = dict(
 
 FOLDER = ['', 'no such thing', SNOW, 'folder:', 'folder:no such thing', 'folder:~no_such_user', 'packed:nowhere', '=', 'tau=']
 VALID = dict(       # what looks bad and is documented
-    str=dict(out=FOLDER, device=[''], pcl=['', {}], photos=[''], images=[''], figures=[5], repeats=[5]),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
+    str=dict(out=FOLDER, device=[''], pcl=['', {}], photos=[''], images=[''], figures=[5], repeats=[5], layers=[''],
+        **{'explore.networks': [''], 'your_own.network': ['']}),      # empty: the default; a folder that is made; papermill reads -p figures 5 as a number
     int=dict(seed=[0, 2**31], workers=[0, 2**31], image=[0, 2**31], images=[2**31], epochs=[2**31], most=[2**31], evidence_images=[2**31],
-        **{'your_own.batch': [2**31]}),   # more than there are: all
+        **{'your_own.batch': [2**31], 'any_network.images': [0, 2**31], 'any_network.size': [0]}),   # more than there are: all
     float={'initialisation.width': [-1]}, bool={})        # -1: the profile's
 
 
@@ -66,7 +67,7 @@ def parameters():
 @pytest.mark.parametrize('notebook, name, kind', [pytest.param(*p, id=f'{p[0].stem}-{p[1]}') for p in parameters()])
 def test_parameter(notebook, name, kind):
     "Each bad value is refused in a line that names the parameter, or documented as valid; never a library's traceback."
-    documented = VALID[kind].get(name) or VALID[kind].get(f'{notebook.stem}.{name}', ())
+    documented = VALID[kind].get(f'{notebook.stem}.{name}', VALID[kind].get(name, ()))
     for value in BAD[kind]:
         valid = any(type(v) is type(value) and v == value for v in documented)
         with contextlib.redirect_stdout(io.StringIO()):

@@ -72,7 +72,7 @@ def test_slow_modules_are_there():
 def test_entry_points_exist(name, target):
     "What pip installs as commands: `pcl-nb`, and `pcl-reproduce` as before."
     module, function = target.split(':')
-    assert callable(getattr(importlib.import_module(module), function)) and name in ('pcl-nb', 'pcl-reproduce')
+    assert callable(getattr(importlib.import_module(module), function)) and name in ('pcl-nb', 'pcl-reproduce', 'pcl-measure')
 
 
 @pytest.mark.parametrize('given, named', [('focus-aera', "did you mean 'focus-area'?"), ('trian', "did you mean 'train'?"), ('x', 'valid: reproduce'),

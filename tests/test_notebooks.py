@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import NBS, ROOT, code_cells, contents, tagged
+from pcl_nb.lab import survey
 from pcl_nb.lab.experiment import CHECKS, EXPERIMENTS as DECLARED
 
 LAYERS = 'base', '', 'lab', 'names'       # folders of chapters: a module imports what stands before it
@@ -56,7 +57,7 @@ def own_checks(notebook):
     assert len(calls) == 1, 'an experiment names itself once'
     declared = classes[ast.unparse(calls[0].func)]
     assert (declared.name if declared else calls[0].args[0].value) == notebook.stem
-    return list(declared.own) if declared else [k.arg for k in calls[0].keywords]
+    return list(declared.own) if declared else [n for k in calls[0].keywords for n in ([k.arg] if k.arg else survey.CHECKS)]
 
 
 def requirements():

@@ -10,11 +10,11 @@ __all__ = ['TFLOPS', 'EXAMPLES', 'VALUES', 'SWITCHES', 'checked', 'train_parser'
 import argparse, math, os
 from typing import Literal, get_args, get_origin
 
-from .core import InputError, brief, choose, literal, out_folder, pairs, require, resolve
+from .core import InputError, choose, literal, out_folder, pairs, require, resolve
 from .valid import Count, Positive, kinds, valid
 from .settings import (
     ARCHS, ENGINES, FETCHED, FORMS, LOGS, METHOD_NAMES, NAMED, PICKED, PROFILES, RULES, SKIP, Settings,
-    check_engine, docments, known_data, run_counts)
+    added, check_engine, check_network, docments, known_data, run_counts)
 from .notebooks import manifest
 
 # %% ../../nbs/base/07_arguments.ipynb #7f991005
@@ -73,7 +73,7 @@ def train_parser(
 def check_train(a):
     "Check what the options' types do not: profile, method, form of the settings, data set, folder."
     choose(a.profile, PROFILES, 'profile')
-    if a.method is not None: choose(a.method, METHOD_NAMES, 'method')
+    if a.method is not None and not added(repr(a.method)): choose(a.method, METHOD_NAMES, 'method')
     if a.data is not None: known_data(a.data)
     pairs(' '.join(a.set)); out_folder(a.out or '')
 
@@ -153,10 +153,7 @@ examples:
 
 def check_measure(a):
     "Check the names of the networks as far as they are known without loading a library."
-    kinds = [form.partition(':')[0] for form in NAMED]
-    for name in a.networks:
-        require(name.partition(':')[0].partition('@')[0] in kinds, f"unknown network {brief(name)}; give "
-            f"{', '.join(NAMED)}{f', as torchvision:{name}' if name.isidentifier() else ''}")
+    for name in a.networks: check_network(name)
     choose(a.rule, RULES, 'rule')
     out_folder(a.out)
 

@@ -17,7 +17,7 @@ from .core import InputError, Progress, require, write_atomic
 def expected_sum(
     path,       # file, which may be missing
     known=None  # SHA-256 or its beginning, or 'md5:' and an MD5; None: in the file's name, as resnet18-f37072fd.pth
-) -> str:  # None if there is none
+) -> str|None:  # None if there is none
     "The expected checksum of a file: from `SHA256SUMS` beside it, else `known`, else from its name."
     sums, named = path.with_name('SHA256SUMS'), re.search(r'-([0-9a-f]{8,64})\.', path.name)
     lines = [l.split() for l in sums.read_text().split('\n')] if sums.exists() else []

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'INITS', 'METHOD_NAMES', 'PUBLIC_NAMES', 'LARGEST', 'SKIP', 'FETCHED', 'PICKED', 'FORMS', 'RULES', 'NAMED',
-           'LOGS', 'ENGINES', 'SCHEMES', 'Size', 'Width', 'Momentum', 'PROFILES', 'check_arch', 'existing_folder',
-           'known_data', 'check_engine', 'run_counts', 'Scheme', 'Settings', 'docments', 'Profile']
+           'LOGS', 'ENGINES', 'SCHEMES', 'Size', 'Width', 'Momentum', 'PROFILES', 'check_arch', 'check_network',
+           'existing_folder', 'added', 'known_data', 'check_engine', 'run_counts', 'Scheme', 'Settings', 'docments',
+           'Profile']
 
 # %% ../../nbs/base/05_settings.ipynb #5e771003
 import difflib, importlib.util, inspect, re
@@ -45,14 +46,25 @@ RULES = 'threshold', 'energy', 'sufficient'       # of the focus area
 NAMED = 'torchvision:NAME', 'timm:NAME', 'places365:NAME', 'file:PATH@NAME', 'efficientnet_lite0'   # other networks
 
 # %% ../../nbs/base/05_settings.ipynb #bbc2080c
+_KINDS = [form.partition(':')[0] for form in NAMED]
+
+def _kind(name): return name.partition(':')[0].partition('@')[0] if isinstance(name, str) else ''
+
 def check_arch(
     name:str
 ) -> str:  # the name itself
     "A check: an architecture that is trained by name; other networks are only measured."
-    kind = name.partition(':')[0].partition('@')[0] if isinstance(name, str) else ''
-    require(kind not in [form.partition(':')[0] for form in NAMED],
-        f'{brief(name)} is not trained here: papermill nbs/any_network.ipynb out.ipynb -p networks {name}')
+    require(_kind(name) not in _KINDS, f'{brief(name)} is not trained here; any_network.ipynb measures it: papermill '
+        'nbs/any_network.ipynb out.ipynb -p networks NAME')
     return choose(name, ARCHS, 'architecture')
+
+def check_network(
+    name:str
+) -> str:  # the name itself
+    "A check: the form of a network's name. `networks.network` checks the rest."
+    hint = f', as torchvision:{name}' if isinstance(name, str) and name.isidentifier() and len(name) < 50 else ''
+    require(_kind(name) in _KINDS, f"unknown network {brief(name)}; valid: {', '.join(NAMED)}{hint}")
+    return name
 
 # %% ../../nbs/base/05_settings.ipynb #5e771007
 def existing_folder(path):
@@ -60,12 +72,19 @@ def existing_folder(path):
     require(Path(path).is_dir(),
         f'folder {brief(str(path), 300)} does not exist; give folder:PATH with PATH/train/CLASS/* and PATH/val/CLASS/*')
 
+def added(
+    text:str  # as it stands in code
+) -> bool:
+    "Whether the code of the package holds a text: a method or a data set may have been added, which the names lack."
+    return any(text in f.read_text(encoding='utf-8') for f in Path(__file__).parents[1].rglob('*.py'))
+
 def known_data(
     name:str  # of a data set
 ) -> str:  # the name itself
     "A check: the name has a known form, and a folder that it names exists. `sources.check_data` also checks the files."
-    forms, (kind, _, path) = [f for of in FORMS.values() for f in of], name.partition(':')
-    kinds = [f.partition(':')[0] for f in forms]
+    forms, (kind, _, path) = [form for of in FORMS.values() for form in of], name.partition(':')
+    kinds = [form.partition(':')[0] for form in forms]
+    if kind and kind not in kinds and added(f"'{kind}:"): return name                      # the chapter sources checks it
     near = difflib.get_close_matches(kind, kinds, 1)
     hint = f' (did you mean {near[0]!r}?)' if near else ''
     require(kind in kinds, f"unknown data set {brief(name)}{hint}; valid: {', '.join(forms)}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'CHECKS', 'fit', 'photographs', 'sample_photographs', 'chosen_photographs', 'Surveyed', 'Survey', 'survey',
-           'differences', 'surveyed', 'readable', 'main']
+           'differences', 'opened', 'surveyed', 'readable', 'main']
 
 # %% ../../nbs/lab/13_survey.ipynb #9a635787
 import importlib.util, math, re, sys, time
@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from .. import erf, networks
 from ..base.core import (InputError, Progress, brief, items_of, out_folder, require, resolve,
     results_dir, text, usable_device, write_atomic)
-from ..base.settings import NAMED, RULES
+from ..base.settings import NAMED, RULES, check_network
 from ..base.arguments import measure_parser
 from ..images import LARGEST, decode
 from ..inputs import loaded
@@ -210,9 +210,17 @@ def differences(
 
 # %% ../../nbs/lab/13_survey.ipynb #19a6d290
 def _names(value):
-    found = [n for n in items_of(value, blanks=False) if n.strip()]
-    require(found, f'names no network; give {", ".join(NAMED)}, several with commas')
-    return list(dict.fromkeys(found))
+    found = items_of(value, blanks=False)
+    require(found, f"names no network; valid: {', '.join(NAMED)}, several with commas")
+    return list(dict.fromkeys(map(check_network, found)))
+
+def _photos(value):
+    "A check: '' or what `image_files` takes; the value itself."
+    if text(value): image_files(value)
+    return value
+
+def _layers(value):
+    return items_of(value) if isinstance(value, (list, tuple)) else items_of(text(value))
 
 def _unit(value):
     "A check: 'floor', 'mean4', 'row:column' or (row, column)."
@@ -221,19 +229,32 @@ def _unit(value):
     require(value in erf.CENTERS, f"{brief(value)} is no position; give {', '.join(erf.CENTERS)}, or row:column")
     return value
 
-CHECKS = dict(networks=_names, photos=text, images=integer(0), layers=lambda v: items_of(v), center=_unit,
+# %% ../../nbs/lab/13_survey.ipynb #a09a6551
+CHECKS = dict(networks=_names, photos=_photos, images=integer(0), layers=_layers, center=_unit,
     rule=one_of(RULES, 'rule'), tau=number(0, 1), size=integer(0, LARGEST), batch=integer(1, 4096),
     bootstrap=integer(2, 10_000), seed=integer(0), device=text, out=out_folder)
 
+def opened(
+    params:dict,   # as checked by `CHECKS`
+    name:str       # of the network
+) -> networks.Network:
+    "A network that the parameters name, with their layers; `InputError` names the parameter."
+    def named(parameter, make, *args, **how):
+        try: return make(*args, **how)
+        except InputError as e: raise InputError(f'parameter {parameter}: {e}') from None
+    net = named('networks', networks.network, name, size=params['size'] or None)
+    for layer in params['layers']: named('layers', networks.layer_of, net, layer)
+    return net
+
+# %% ../../nbs/lab/13_survey.ipynb #b238c97b
 def surveyed(
     params:dict,   # as checked by `CHECKS`
-    name:str,      # of the network
+    net,           # of `opened`
     files,         # of `chosen_photographs`
     **how          # as in `survey`
 ) -> Surveyed:
     "The survey that the parameters ask for."
     p = params
-    net = networks.network(name, size=p['size'] or None)
     return survey(net, files, p['layers'], center=p['center'], replicates=p['bootstrap'], seed=p['seed'],
         rule=p['rule'], tau=p['tau'], batch_size=p['batch'], device=p['device'] or None, **how)
 
@@ -275,7 +296,7 @@ def _measured(p, files, quiet):
     "Survey all networks; write overlays and impact maps; returns results and the rows of coverage ratios."
     found, covered = [], []
     for name in p['networks']:
-        net = networks.network(name, size=p['size'] or None)
+        net = opened(p, name)
         folder = p['folder']/_file_name(name)
         s = surveyed(p, net, files, each=_overlays(folder, covered, net), progress=not quiet)
         for layer, impact in s.impacts.items():
