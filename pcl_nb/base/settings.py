@@ -84,7 +84,7 @@ def known_data(
     "A check: the name has a known form, and a folder that it names exists. `sources.check_data` also checks the files."
     forms, (kind, _, path) = [form for of in FORMS.values() for form in of], name.partition(':')
     kinds = [form.partition(':')[0] for form in forms]
-    if kind and kind not in kinds and added(f"'{kind}:"): return name                      # the chapter sources checks it
+    if kind and kind not in kinds and added(f"'{kind}:"): return name       # the chapter sources checks it
     near = difflib.get_close_matches(kind, kinds, 1)
     hint = f' (did you mean {near[0]!r}?)' if near else ''
     require(kind in kinds, f"unknown data set {brief(name)}{hint}; valid: {', '.join(forms)}")
