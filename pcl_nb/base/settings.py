@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
+import pcl_nb
 from .core import brief, choose, require, resolve
 from .valid import Count, Factor, Positive
 
@@ -76,7 +77,7 @@ def added(
     text:str  # as it stands in code
 ) -> bool:
     "Whether the code of the package holds a text: a method or a data set may have been added, which the names lack."
-    return any(text in f.read_text(encoding='utf-8') for f in Path(__file__).parents[1].rglob('*.py'))
+    return any(text in f.read_text(encoding='utf-8') for f in Path(pcl_nb.__file__).parent.rglob('*.py'))
 
 def known_data(
     name:str  # of a data set
