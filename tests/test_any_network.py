@@ -66,7 +66,7 @@ def test_scenes_of_photographs():
 
 
 @pytest.mark.parametrize('name, value, said', [
-    ('networks', '', 'names no network'), ('networks', 'torchvision:resnet19', 'nearest of 80: resnet18'),
+    ('networks', '', "unknown network ''"), ('networks', 'torchvision:resnet19', 'nearest of 80: resnet18'),
     ('networks', 'resnet18', 'torchvision:resnet18'), ('networks', 'file:nowhere.pth@resnet18', 'is missing'),
     ('photos', 'nowhere.jpg', "'nowhere.jpg' does not exist"), ('center', '3', 'row:column'),
     ('center', '200:0', 'positions'), ('layers', 'classifier', 'no map'), ('tau', 2, 'is not a number from 0 to 1'),
