@@ -47,7 +47,7 @@ def center_value(
         f'features {tuple(features.shape) if isinstance(features, Tensor) else brief(features)} are no maps (B,K,h,w)')
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     h, w = features.shape[-2:]
-    row, column = (h//2, w//2) if center == 'floor' else position_of(center, h, w) or (0, 0)
+    row, column = position_of(center, h, w) or (h//2, w//2)
     if center != 'mean4': return features[..., row, column].mean(1)
     return features[..., (h-1)//2:h//2+1, (w-1)//2:w//2+1].mean((1, 2, 3))
 
@@ -166,9 +166,12 @@ def poisson_weights(
     seed:int=0       # the same seed pairs networks that see the same images
 ):  # draw(B) gives the weights (B,1+R) of the next B images; the first column is 1
     "The weights of a bootstrap over a stream of images."
+    require(is_whole(replicates) and 0 <= replicates <= 10**6,
+        f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
     g = generator('bootstrap', seed)
     return lambda n: torch.cat([torch.ones(n, 1), torch.poisson(torch.ones(n, replicates), generator=g)], 1)
 
+# %% ../nbs/13_erf.ipynb #dd42f818
 def impact_replicates(
     model:StagedClassifier,
     images,                    # normalised (N,3,H,W), a loader, or images in any other form that `loaded` takes
@@ -185,8 +188,6 @@ def impact_replicates(
     stats=None                 # mean, std to normalise pixels with; None: the model's own
 ) -> tuple:  # impact map (H,W), raw; replicates (R,H,W)
     "The impact map and bootstrap replicates of it, streaming: memory does not grow with the number of images."
-    require(is_whole(replicates) and 0 <= replicates <= 10**6,
-        f'replicates {brief(replicates)} is not valid; give 0 or more, up to a million')
     draw = poisson_weights(replicates, seed)
     maps = _mean_impacts(model, images, draw, stage=stage, center=center, relu=relu, batch_size=batch_size,
         progress=progress, size=size, stats=stats, shared=shared)

@@ -59,12 +59,25 @@ except ImportError: Metric = Sums
 
 def _sum(*size): return torch.zeros(size, dtype=torch.float32 if torch.backends.mps.is_available() else torch.float64)
 
-# %% ../nbs/18_metrics.ipynb #f80a34df
-class FocusArea(Metric):
-    "Mean coverage ratio of the images (appendix A); NaN if it is defined for no image."
+# %% ../nbs/18_metrics.ipynb #5e17b519
+class _OverImages(Metric):
+    "A sum over the images, and their number."
     full_state_update = False      # of torchmetrics: a batch's value needs only the batch
-    covered:Tensor                 # sum of the coverage ratios
     images:Tensor                  # number of images
+
+    def __init__(self, name, size, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state(name, _sum(*size), dist_reduce_fx='sum')
+        self.add_state('images', _sum(), dist_reduce_fx='sum')
+
+def _is_empty(model, images):
+    "Whether a batch holds no image; `InputError` if it is not a batch."
+    return not len(image_batch(images, staged(model).input_shape[0]))
+
+# %% ../nbs/18_metrics.ipynb #f80a34df
+class FocusArea(_OverImages):
+    "Mean coverage ratio of the images (appendix A); NaN if it is defined for no image."
+    covered:Tensor                 # sum of the coverage ratios
 
     def __init__(self,
         rule:str='threshold',      # 'threshold', 'energy' or 'sufficient'
@@ -75,11 +88,9 @@ class FocusArea(Metric):
         normalize:str='before',    # the map is normalised 'before' or 'after' enlarging ('threshold')
         **kwargs                   # of `torchmetrics.Metric`
     ):
-        super().__init__(**kwargs)
+        super().__init__('covered', (), **kwargs)
         _check_rule(rule, tau, normalize)
         self.how = dict(rule=rule, tau=tau, stage=stage, steps=steps, normalize=normalize)
-        self.add_state('covered', _sum(), dist_reduce_fx='sum')
-        self.add_state('images', _sum(), dist_reduce_fx='sum')
 
     def update(self,
         model:StagedClassifier,
@@ -87,7 +98,7 @@ class FocusArea(Metric):
         target=None                # (B,) whose map: a class an image; None: the prediction
     ) -> None:
         "Add the images of a batch."
-        if not len(image_batch(images, staged(model).input_shape[0])): return
+        if _is_empty(model, images): return
         ratio = focus_area(model, images, target=target, **self.how).coverage.to(self.covered)
         self.covered = self.covered + ratio.nansum()
         self.images = self.images + ratio.isnan().logical_not().sum()
@@ -96,12 +107,15 @@ class FocusArea(Metric):
         "The mean over all images of all processes."
         return self.covered/self.images
 
+# %% ../nbs/18_metrics.ipynb #487eaa18
+def _mean_impact(metric):
+    require(metric.images > 0, 'no images: call update(model, images) before compute()')
+    return metric.impacts/metric.images
+
 # %% ../nbs/18_metrics.ipynb #1252dabe
-class ImpactMap(Metric):
+class ImpactMap(_OverImages):
     "Impact map of the centre of a stage (appendix D.1): mean over images."
-    full_state_update = False      # of torchmetrics: a batch's value needs only the batch
     impacts:Tensor                 # sum of the maps (H,W)
-    images:Tensor                  # number of images
 
     def __init__(self,
         size,                      # pixels, or (H,W)
@@ -111,18 +125,16 @@ class ImpactMap(Metric):
         relu:str='after',          # 'after' or 'before' the stage's last ReLU, or its last convolution: 'conv'
         **kwargs                   # of `torchmetrics.Metric`
     ):
-        super().__init__(**kwargs)
+        super().__init__('impacts', size := _height_and_width(size), **kwargs)
         choose(center, CENTERS, 'center'); choose(relu, RELU, 'reading of the final convolution')
-        self.how = dict(stage=stage, center=center, relu=relu, size=_height_and_width(size))
-        self.add_state('impacts', _sum(*self.how['size']), dist_reduce_fx='sum')
-        self.add_state('images', _sum(), dist_reduce_fx='sum')
+        self.how = dict(stage=stage, center=center, relu=relu, size=size)
 
     def update(self,
         model:StagedClassifier,
         images:Tensor              # (B,3,H,W), normalised
     ) -> None:
         "Add the images of a batch."
-        if not len(image_batch(images, staged(model).input_shape[0])): return
+        if _is_empty(model, images): return
         with torch.inference_mode(False): impact = impact_map(model, images.clone(), **self.how)
         self.impacts = self.impacts + len(images)*impact.to(self.impacts)
         self.images = self.images + len(images)
@@ -130,10 +142,6 @@ class ImpactMap(Metric):
     def compute(self) -> Tensor:  # (H,W), raw
         "The mean over all images of all processes."
         return _mean_impact(self)
-
-def _mean_impact(metric):
-    require(metric.images > 0, 'no images: call update(model, images) before compute()')
-    return metric.impacts/metric.images
 
 # %% ../nbs/18_metrics.ipynb #519675d4
 class EffectiveReceptiveField(ImpactMap):

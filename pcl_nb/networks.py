@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
-from .base.core import InputError, Progress, brief, choose, is_real, require, resolve
+from .base.core import InputError, Progress, brief, choose, is_real, is_whole, require, resolve
 from .base.settings import NAMED
 from .base.fetch import check_sum
 from .base.weights import PUBLIC, _fetched, _fill, _open, _prefix, weights_dir
@@ -423,14 +423,16 @@ def _extent(net, layer, size):
     return (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
 
 def receptive_field(
-    net:Network,
+    net,             # a `Network`, or what `network` takes
     layer=None,      # dotted name of a module, or a `Layer`; None: the last stage
     largest:int=4    # the largest image that is tried, times the network's own size
 ) -> tuple:  # height, width, pixels; inf: all of the largest image that the network takes
     "Theoretical receptive field of the middle position of a layer."
+    require(is_whole(largest) and largest >= 1, f'largest {brief(largest)} is not valid; give 1 or more')
+    net = network(net)
     layer = layer if isinstance(layer, Layer) else layer_of(net, layer)
     net = replace(net, model=copy.deepcopy(net.model).cpu().float())
-    for times in (1, 2, largest):
+    for times in sorted({1, min(2, largest), largest}):
         size = tuple(times*s for s in net.size)
         try: extent = _extent(net, layer, size)
         except Exception:                           # of any kind: the network does not take this size
@@ -455,6 +457,7 @@ def contribution_areas(
         f'shares {brief(shares)} are not valid; give numbers above 0, up to 1')
     require(bool(torch.isfinite(impact).all()), 'the impact map is not finite')
     H, W = impact.shape
+    require(not isinstance(around, str), f'around {brief(around)} is not valid; give (row, column), pixels')
     middle = (H//2, W//2) if around is None else position_of(around, H, W)
     y, x = (torch.arange(n, device=impact.device) - at for n, at in zip((H, W), middle))
     ring = torch.maximum(y.abs()[:, None], x.abs()).flatten()              # half the side of the square that reaches it
@@ -612,6 +615,7 @@ def _called_once(net, layer):
     setattr(parent, name, nn.Sequential(nn.Identity(), getattr(parent, name)))
     return f'{path}.0'
 
+# %% ../nbs/17_networks.ipynb #2f5dd1d2
 def classifier(
     net,               # a `Network`, or what `network` takes
     classes=None,      # number of classes of a new head; None: the network's own head

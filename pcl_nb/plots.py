@@ -716,6 +716,7 @@ def spotlight(
     grey = picture.mean(2, keepdims=True)*.35 + 20
     return np.where(mask[..., None], picture, grey).astype(np.uint8)
 
+# %% ../nbs/16_plots.ipynb #7e994153
 def _thinned(a, panels):
     "Every k-th row and column: the panels of a figure share 300,000 pixels, so that its file stays small."
     k = math.ceil(max(a.shape[:2])/math.sqrt(3e5/panels))
@@ -731,6 +732,7 @@ def _network_row(axes, r, maps, first, panels):
         if first: ax.set_title('focus area')
     axes[0].set_ylabel(re.sub(r'(.{1,18}[:_@.-])(?=.{6})', r'\1\n', r['network']))        # in short lines
 
+# %% ../nbs/16_plots.ipynb #f9c29c53
 @plt.rc_context(_STYLE)
 def network_panels(
     rows:list,    # dicts: network; impacts, shares: layer -> (H,W), ERF as share of the image; and one a photograph:

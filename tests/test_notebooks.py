@@ -152,6 +152,13 @@ def test_papermill_lists_every_checked_parameter(notebook):
     assert [n for n, p in listed.items() if not p['help'] or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool')] == []
 
 
+@each(CHAPTERS)
+def test_cells_of_chapters_are_short(notebook):
+    "A cell is read at a glance: 30 lines of 120 columns."
+    cells = [c.source.splitlines() for c in code_cells(notebook)]
+    assert max(map(len, cells)) <= 30 and max(len(line) for c in cells for line in c) <= 120
+
+
 @each(EXPERIMENTS)
 def test_experiment_is_short(notebook):
     "Some 100 lines of code without the parameters, 15 a cell, 120 columns; the committed picture where there is one."

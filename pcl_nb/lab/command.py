@@ -6,17 +6,17 @@
 __all__ = ['FILE_MOST', 'ALL_MOST', 'PUBLISHED', 'publish', 'estimate', 'main', 'TFLOPS', 'EXAMPLES', 'VALUES', 'SWITCHES']
 
 # %% ../../nbs/lab/10_command.ipynb #b360b03a
-import contextlib, math, sys
+import contextlib, math
 from pathlib import Path
 
 import pandas as pd
 
 from ..base.core import (
-    InputError, choose, figures_dir, require, resolve, results_dir, runs_dir, write_atomic)
+    choose, figures_dir, require, resolve, results_dir, runs_dir, write_atomic)
 from ..base.settings import ARCHS, PROFILES
 from ..base.notebooks import manifest
 from ..base.arguments import (  # noqa: F401
-    EXAMPLES, SWITCHES, TFLOPS, VALUES, check_reproduce, reproduce_parser)
+    EXAMPLES, SWITCHES, TFLOPS, VALUES, check_reproduce, exit_code, reproduce_parser)
 from ..sources import is_drawn, published_sizes
 from .recipe import cost
 from .store import is_trained
@@ -164,12 +164,5 @@ def main(
 ) -> int:  # exit code: 0 if everything is done
     "Reproduce from the command line."
     parser = reproduce_parser()
-    a, again = parser.parse_args(argv), 'the same command resumes'
-    try: return _do(a)
-    except InputError as e: return parser.error(str(e))
-    except OSError as e:
-        print(f"error: {e.filename or a.out or results_dir(a.profile)}: {e.strerror or e}; {again}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f'interrupted; {again}', file=sys.stderr)
-        return 130
+    a = parser.parse_args(argv)
+    return exit_code(parser, lambda: _do(a), 'the same command resumes', a.out or results_dir(a.profile))

@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from ..base.core import (
     InputError, Progress, brief, cores, is_whole, out_folder, require, resolve, to_json, write_atomic)
 from ..base.settings import FORMS, SKIP
-from ..base.arguments import data_parser
+from ..base.arguments import data_parser, exit_code
 from ..images import (
     OnDisk, SPLITS, _is_image, _left_out, _split_folder, alike, base_size, decode, even_sample, folder_files,
     images_below, walk)
@@ -259,19 +259,18 @@ def _fetch(name, progress):
     return _report(name)
 
 # %% ../../nbs/lab/03_packing.ipynb #92f28dd1
+def _do(a):
+    if a.command == 'check': return _compare(a.name, a.manifest) if a.manifest else _report(a.name, a.read, a.skip)
+    if a.command == 'fetch': return _fetch(a.name, not a.quiet)
+    print(pack(a.name, a.out, a.edge, not a.quiet))
+
 def main(
     argv=None  # default: the command line
 ) -> int:  # exit code
     "Fetch, check or pack from the command line."
     parser = data_parser()
     a = parser.parse_args(argv)
-    try:
-        if a.command == 'check': return _compare(a.name, a.manifest) if a.manifest else _report(a.name, a.read, a.skip)
-        if a.command == 'fetch': return _fetch(a.name, not a.quiet)
-        print(pack(a.name, a.out, a.edge, not a.quiet))
-    except InputError as e: parser.error(str(e))
-    except KeyboardInterrupt: print('interrupted; the same command resumes', file=sys.stderr); return 130
-    return 0
+    return exit_code(parser, lambda: _do(a), 'the same command resumes')
 
 # %% ../../nbs/lab/03_packing.ipynb #c8531577
 #| eval: false

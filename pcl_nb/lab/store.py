@@ -254,6 +254,7 @@ def run(
             return load_run(folder, recipe, model)
         return on_first(store)
 
+# %% ../../nbs/lab/01_store.ipynb #34d1dcee
 def trained(
     recipe:Recipe,
     device=None,     # default: the fastest of this machine

@@ -7,7 +7,7 @@ __all__ = ['SAMPLES', 'CHECKS', 'fit', 'photographs', 'sample_photographs', 'cho
            'differences', 'opened', 'surveyed', 'readable', 'main']
 
 # %% ../../nbs/lab/13_survey.ipynb #9a635787
-import importlib.util, math, re, sys, time
+import importlib.util, math, re, time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from .. import erf, networks
-from ..base.core import (InputError, Progress, brief, items_of, out_folder, require, resolve,
+from ..base.core import (InputError, Progress, brief, choose, is_whole, items_of, out_folder, require, resolve,
     results_dir, text, usable_device, write_atomic)
 from ..base.settings import NAMED, RULES, check_network
-from ..base.arguments import measure_parser
+from ..base.arguments import exit_code, measure_parser
 from ..images import LARGEST, decode
 from ..inputs import loaded
 from ..focus_area import summary
@@ -48,6 +48,7 @@ def photographs(
     batch_size:int=16
 ):  # yields files, pixels (B,3,H,W) uint8, x (B,C,H,W) normalised
     "Batches of photographs as a network takes them."
+    require(is_whole(batch_size) and batch_size > 0, f'batch_size {brief(batch_size)} is not valid; give 1 or more')
     for i in range(0, len(files), batch_size):
         pixels = torch.stack([fit(decode(f), net.size) for f in files[i:i + batch_size]])
         yield files[i:i + batch_size], pixels, next(loaded(pixels, net, batch_size=batch_size))[0]
@@ -68,6 +69,7 @@ def chosen_photographs(
     most:int=0       # at most so many, evenly spaced; 0: all
 ) -> list:  # paths
     "The photographs to measure on."
+    require(is_whole(most) and most >= 0, f'most {brief(most)} is not valid; give 0 or more')
     files = image_files(given) if given else sample_photographs()
     return [files[i*len(files)//most] for i in range(most)] if 0 < most < len(files) else files
 
@@ -82,9 +84,12 @@ class _Begun:
         method=None,          # of the focus area: 'CAM' or 'Grad-CAM'; None: CAM where it is possible
         **rule                # of the focus area: rule, tau, normalize
     ):
+        require(is_whole(replicates) and replicates > 1, f'replicates {brief(replicates)} is not valid; give 2 or more')
+        require(isinstance(layers or [], (list, tuple)), f'layers {brief(layers)} are not valid; give a list of names')
+        if method is not None: choose(method, networks.FOCUS_METHODS, 'method')
         self.net, self.center, self.rule = networks.network(net), center, rule
         self.replicates, self.seed = replicates, seed
-        self.coverage, self.prediction, self.seconds, self.why = [], [], Counter(), ''
+        self.images, self.coverage, self.seconds, self.why = 0, [], Counter(), ''
         try: self.focus, self.method = networks.focus_layer(self.net, method=method)
         except InputError as e: self.focus, self.method, self.why = None, '', str(e)
         found = [networks.layer_of(self.net, n) for n in layers or [s.path for s in self.net.stages]]
@@ -100,61 +105,61 @@ class _Begun:
         self.seconds[what] += time.perf_counter() - start
         return found
 
-# %% ../../nbs/lab/13_survey.ipynb #d8b9db59
+# %% ../../nbs/lab/13_survey.ipynb #c9bab6e1
 class Surveyed(NamedTuple):
     "What a `Survey` has found."
     network:str
-    rows:list        # dicts, a layer each: see `Survey.done`
+    rows:list        # dicts, a layer each: see `readable`
     impacts:dict     # layer -> impact map (H,W), raw
     sizes:dict       # layer -> ERF of each bootstrap replicate, share of the image (R,)
     coverage:list    # of each image; empty if the network has no focus area
-    prediction:list  # of each image
     note:str         # why the network has no focus area
     last:str         # the last stage, or the last of the given layers
 
+# %% ../../nbs/lab/13_survey.ipynb #31a903d5
 class Survey(_Begun):
     "Receptive fields and focus area of one network, over batches of images."
     def update(self,
         x:Tensor    # (B,C,H,W), normalised
     ):  # `NetworkFocus` of the batch; None if the network has no focus area
         "Measure a batch."
+        self.images += len(x)
         for layer, field in self.fields.items():
             field.add(self.timed(layer, networks.layer_impacts, x, layer, self.center))
         if not self.focus: return None
         how = dict(layer=self.focus.path, method=self.method, batch_size=len(x), **self.rule)
         found = self.timed('focus', networks.network_focus, x, **how)
-        self.coverage += found.coverage.tolist(); self.prediction += found.prediction.tolist()
+        self.coverage += found.coverage.tolist()
         return found
 
     def done(self, theory=True) -> Surveyed:
         "The results. `theory`: also the theoretical receptive fields."
-        maps = {layer: field.maps() for layer, field in self.fields.items()}
-        sizes = {layer: erf_size(impact_histogram(m[1:])).double()/m[0].numel() for layer, m in maps.items()}
-        rows = [dict(network=self.net.name, **_layer_row(self.net, layer, maps[layer][0], sizes[layer], theory,
-            self.center), **self._measured(layer)) for layer in maps]
-        return Surveyed(self.net.name, rows, {layer.path: m[0] for layer, m in maps.items()},
-            {layer.path: s for layer, s in sizes.items()}, self.coverage, self.prediction, self.why, self.last)
-
-    def _measured(self, layer):
-        "Number of images, and their speed; the coverage ratio beside the layer of the focus area."
-        n = next(iter(self.fields.values())).weights[0].item()
-        row = dict(images=int(n), images_per_second=n/self.seconds[layer], focus='', coverage=math.nan)
-        if layer != self.focus or not self.coverage: return row
-        s = summary(self.coverage, self.replicates, self.seed)
-        return dict(row, focus=self.method, coverage=s['mean'], coverage_low=s['low'], coverage_high=s['high'],
-            undefined=int(n) - s['n'], focus_per_second=n/self.seconds['focus'])
+        rows, impacts, sizes = [], {}, {}
+        for layer, field in self.fields.items():
+            impacts[layer.path], drawn = (maps := field.maps())[0], maps[1:]
+            sizes[layer.path] = erf_size(impact_histogram(drawn)).double()/maps[0].numel()
+            rows.append(dict(network=self.net.name, **_layer_row(self, layer, maps[0], sizes[layer.path], theory),
+                images=self.images, images_per_second=self.images/self.seconds[layer], **_focus_row(self, layer)))
+        return Surveyed(self.net.name, rows, impacts, sizes, self.coverage, self.why, self.last)
 
 # %% ../../nbs/lab/13_survey.ipynb #26b84d28
-def _layer_row(net, layer, impact, sizes, theory, center):
+def _layer_row(of, layer, impact, sizes, theory):
     "One layer: its place in the network, its theoretical receptive field, its ERF."
-    (H, W), (h, w) = net.size, layer.size
-    field = networks.receptive_field(net, layer) if theory else (math.nan, math.nan)
-    pair = erf.position_of(center, h, w)
+    (H, W), (h, w) = of.net.size, layer.size
+    field = networks.receptive_field(of.net, layer) if theory else (math.nan, math.nan)
+    pair = erf.position_of(of.center, h, w)
     around = pair and tuple(int((i + .5)*n/m) for i, n, m in zip(pair, (H, W), (h, w)))
     low, high = interval(sizes)
     return dict(layer=layer.path, kind=layer.kind, stride=layer.stride, channels=layer.channels, rows=h, columns=w,
         field_height=field[0], field_width=field[1], **networks.erf_report(impact, around=around),
         share_low=low, share_high=high)
+
+def _focus_row(of, layer):
+    "The coverage ratio, beside the layer of the focus area."
+    if layer != of.focus or not of.coverage: return dict(focus='', coverage=math.nan)
+    s = summary(of.coverage, of.replicates, of.seed)
+    return dict(focus=of.method, coverage=s['mean'], coverage_low=s['low'], coverage_high=s['high'],
+        undefined=of.images - s['n'], focus_per_second=of.images/of.seconds['focus'])
 
 # %% ../../nbs/lab/13_survey.ipynb #3aa528c7
 def survey(
@@ -194,6 +199,7 @@ def differences(
     seed:int=0          # as in `Survey`
 ) -> pd.DataFrame:  # network, against, quantity, change, low, high (95 %, relative), images, claim
     "Every network against the first: ERF of the last layer, share of the image; coverage ratio. Paired by image."
+    require(found, 'no results to compare: give those of 1 or more networks')
     first, *others = found
     rows = []
     for other in others:
@@ -219,8 +225,7 @@ def _photos(value):
     if text(value): image_files(value)
     return value
 
-def _layers(value):
-    return items_of(value) if isinstance(value, (list, tuple)) else items_of(text(value))
+def _layers(value): return items_of(value if isinstance(value, (list, tuple)) else text(value))
 
 def _unit(value):
     "A check: 'floor', 'mean4', 'row:column' or (row, column)."
@@ -238,12 +243,13 @@ def opened(
     params:dict,   # as checked by `CHECKS`
     name:str       # of the network
 ) -> networks.Network:
-    "A network that the parameters name, with their layers; `InputError` names the parameter."
+    "A network that the parameters name, with their layers and unit; `InputError` names the parameter."
     def named(parameter, make, *args, **how):
         try: return make(*args, **how)
         except InputError as e: raise InputError(f'parameter {parameter}: {e}') from None
     net = named('networks', networks.network, name, size=params['size'] or None)
-    for layer in params['layers']: named('layers', networks.layer_of, net, layer)
+    layers = [named('layers', networks.layer_of, net, layer) for layer in params['layers']]
+    for layer in layers or net.stages: named('center', erf.position_of, params['center'], *layer.size)
     return net
 
 # %% ../../nbs/lab/13_survey.ipynb #b238c97b
@@ -292,16 +298,15 @@ def _overlays(folder, rows, net):
                 overlay=f'{folder.name}/{name}'))
     return each
 
-def _measured(p, files, quiet):
+def _survey_all(p, files, quiet):
     "Survey all networks; write overlays and impact maps; returns results and the rows of coverage ratios."
     found, covered = [], []
-    for name in p['networks']:
-        net = opened(p, name)
-        folder = p['folder']/_file_name(name)
+    for net in [opened(p, name) for name in p['networks']]:             # all of them before the first is measured
+        folder = p['folder']/_file_name(net.name)
         s = surveyed(p, net, files, each=_overlays(folder, covered, net), progress=not quiet)
         for layer, impact in s.impacts.items():
             write_atomic(folder/f'impact_{_file_name(layer)}.png', png(coloured(impact.sqrt().numpy())))
-        if s.note: print(f'{name}: no focus area: {s.note}')
+        if s.note: print(f'{net.name}: no focus area: {s.note}')
         found.append(s)
     return found, covered
 
@@ -310,7 +315,7 @@ def _do(a):
     p = check_parameters({n: v for n, v in vars(a).items() if n != 'quiet'}, **CHECKS)
     p['folder'] = resolve(p['out']) if p['out'] else results_dir('measured')
     files = chosen_photographs(p['photos'], p['images'])
-    found, covered = _measured(p, files, a.quiet)
+    found, covered = _survey_all(p, files, a.quiet)
     about = dict(parameters={n: v for n, v in p.items() if n not in ('folder', 'out')}, files=[f.name for f in files])
     rows = [r for s in found for r in s.rows]
     tables = dict(networks=rows, coverage=covered, differences=differences(found, p['bootstrap'], p['seed']))
@@ -326,7 +331,4 @@ def main(
     "Measure networks from the command line."
     parser = measure_parser()
     a = parser.parse_args(argv)
-    try: _do(a)
-    except InputError as e: parser.error(str(e))
-    except KeyboardInterrupt: print('interrupted', file=sys.stderr); return 130
-    return 0
+    return exit_code(parser, lambda: _do(a), 'the same command starts again')
