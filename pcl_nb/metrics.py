@@ -82,8 +82,7 @@ class FocusArea(_OverImages):
     def __init__(self,
         rule:str='threshold',      # 'threshold', 'energy' or 'sufficient'
         tau:float=.5,              # threshold, or share of the mass, in [0,1]
-        *,
-        stage:str='stage4',        # 'stage4', or 'stage3' of a network with a side head
+        *, stage:str='stage4',     # 'stage4', or 'stage3' of a network with a side head
         steps:int=8,               # of the bisection ('sufficient')
         normalize:str='before',    # the map is normalised 'before' or 'after' enlarging ('threshold')
         **kwargs                   # of `torchmetrics.Metric`
@@ -92,8 +91,7 @@ class FocusArea(_OverImages):
         _check_rule(rule, tau, normalize)
         self.how = dict(rule=rule, tau=tau, stage=stage, steps=steps, normalize=normalize)
 
-    def update(self,
-        model:StagedClassifier,
+    def update(self, model:StagedClassifier,
         images:Tensor,             # (B,3,H,W), normalised
         target=None                # (B,) whose map: a class an image; None: the prediction
     ) -> None:

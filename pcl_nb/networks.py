@@ -422,6 +422,7 @@ def _extent(net, layer, size):
     rows, columns = (reached.any(d).nonzero().flatten().tolist() or [0, -1] for d in (1, 0))
     return (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
 
+# %% ../nbs/17_networks.ipynb #43e9ce0b
 def receptive_field(
     net,             # a `Network`, or what `network` takes
     layer=None,      # dotted name of a module, or a `Layer`; None: the last stage

@@ -98,12 +98,14 @@ class _Begun:
         for layer in found: erf.position_of(center, *layer.size)
         self.fields = {layer: WeightedMeans(poisson_weights(replicates, seed)) for layer in found}
 
-    def timed(self, what, measure, *args, **how):
-        start = time.perf_counter()
-        found = measure(self.net, *args, **how)
-        found = found.cpu() if isinstance(found, Tensor) else found._replace(coverage=found.coverage.cpu())   # waits
-        self.seconds[what] += time.perf_counter() - start
-        return found
+# %% ../../nbs/lab/13_survey.ipynb #2374e92a
+def _timed(of, what, measure, *args, **how):
+    "What a function of the network gives, on the CPU; its seconds are added to those of `what`."
+    start = time.perf_counter()
+    found = measure(of.net, *args, **how)
+    found = found.cpu() if isinstance(found, Tensor) else found._replace(coverage=found.coverage.cpu())   # waits
+    of.seconds[what] += time.perf_counter() - start
+    return found
 
 # %% ../../nbs/lab/13_survey.ipynb #c9bab6e1
 class Surveyed(NamedTuple):
@@ -125,10 +127,10 @@ class Survey(_Begun):
         "Measure a batch."
         self.images += len(x)
         for layer, field in self.fields.items():
-            field.add(self.timed(layer, networks.layer_impacts, x, layer, self.center))
+            field.add(_timed(self, layer, networks.layer_impacts, x, layer, self.center))
         if not self.focus: return None
         how = dict(layer=self.focus.path, method=self.method, batch_size=len(x), **self.rule)
-        found = self.timed('focus', networks.network_focus, x, **how)
+        found = _timed(self, 'focus', networks.network_focus, x, **how)
         self.coverage += found.coverage.tolist()
         return found
 
